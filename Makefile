@@ -1,0 +1,29 @@
+# Two commands, each of which makes the environment in .venv when it is needed.
+
+VENV_PYTHON := .venv/bin/python
+
+# Jupyter's and matplotlib's settings stay in the environment too, and foreign packages out of it.
+export JUPYTER_CONFIG_DIR := $(CURDIR)/.venv/etc/jupyter-user
+export JUPYTER_DATA_DIR := $(CURDIR)/.venv/share/jupyter-user
+export IPYTHONDIR := $(CURDIR)/.venv/etc/ipython
+export MPLCONFIGDIR := $(CURDIR)/.venv/etc/matplotlib
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help lab test setup
+
+help:
+	@echo "make lab    open the course in JupyterLab"
+	@echo "make test   check style, run the unit tests and every notebook"
+	@echo "make setup  only make the environment, in .venv"
+
+lab: setup
+	@$(VENV_PYTHON) -m jupyterlab notebooks/00_start_here.ipynb
+
+test: setup
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m pytest tests
+	$(VENV_PYTHON) -m pytest --nbmake notebooks
+
+setup:
+	@scripts/setup

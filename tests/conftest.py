@@ -1,0 +1,26 @@
+"""What every test shares: shapes in signatures are checked, and the cache is a folder of the test run's own."""
+
+import os
+
+# Set before torch is imported anywhere: two cores are what CI has, and tiny tensors gain nothing from more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# From here on, each annotation of a wris_lib function is checked at each call: shapes by jaxtyping, types by beartype.
+install_import_hook("wris_lib", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache of all tests in this run. Whoever needs the toy world shares the one that the first test makes."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WRIS_CACHE", str(folder))
+        patch.delenv("WRIS_STACK", raising=False)
+        patch.delenv("WRIS_DATA", raising=False)
+        yield folder

@@ -1,0 +1,212 @@
+"""Prompts and their answers, the loss, the card's figures, and a whole run in miniature."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam
+from wris_lib.pretrain import prompts
+from wris_lib.pretrain import sam as pretrain
+from wris_lib.pretrain.prompts import LabelledImage
+from wris_lib.pretrain.sam import Batches
+
+SHIRT, TROUSERS, BUTTON, BALL, CRUMB = 16, 17, 18, 32, 48
+
+
+@pytest.fixture
+def labels() -> np.ndarray:
+    """A person (shirt above trousers, a button too small to ask for), a ball without parts, and a crumb."""
+    labels = np.zeros((256, 256), dtype=np.uint8)
+    labels[40:100, 60:120] = SHIRT
+    labels[50:55, 80:85] = BUTTON
+    labels[100:160, 60:120] = TROUSERS
+    labels[150:200, 180:230] = BALL
+    labels[240:245, 10:15] = CRUMB
+    return labels
+
+
+@pytest.fixture
+def pool(labels):
+    images = np.stack([labels] * 3, axis=-1)  # pixels that say their label, so that a wrong flip shows
+    return SimpleNamespace(images=np.stack([images] * 6), labels=np.stack([labels] * 6))
+
+
+def names(mask: np.ndarray, labels: np.ndarray) -> set[int]:
+    return set(np.unique(labels[mask]).tolist())
+
+
+def test_what_can_be_asked_for(labels):
+    image = LabelledImage(labels)
+    assert set(image.objects) == {1, 2}  # not the crumb
+    assert image.is_part(SHIRT) and image.is_part(TROUSERS)
+    assert not image.is_part(BUTTON)  # too small
+    assert not image.is_part(BALL)  # it is the whole object
+    assert (image.mask(image.objects[1]) == np.isin(labels, [SHIRT, TROUSERS, BUTTON])).all()
+
+
+def test_one_point_asks_for_the_part_in_the_majority(labels):
+    image, rng = LabelledImage(labels), np.random.default_rng(0)
+    answers = {SHIRT: [], BUTTON: [], BALL: [], 0: []}
+    for _ in range(1500):
+        prompt = prompts.point_prompt(image, rng)
+        x, y = prompt.points[0].astype(int)
+        assert prompt.mask[y, x] and prompt.labels.tolist() == [1]
+        if labels[y, x] in answers:
+            answers[labels[y, x]].append(names(prompt.mask, labels))
+    parts = sum(answer == {SHIRT} for answer in answers[SHIRT]) / len(answers[SHIRT])
+    assert parts == pytest.approx(prompts.PART_AT_POINT, abs=0.08)
+    assert all(answer in ({SHIRT}, {SHIRT, TROUSERS, BUTTON}) for answer in answers[SHIRT])
+    assert all(answer == {SHIRT, TROUSERS, BUTTON} for answer in answers[BUTTON])
+    assert all(answer == {BALL} for answer in answers[BALL])
+    assert answers[0] and all(answer == {0} for answer in answers[0])
+
+
+def test_several_points_lie_on_and_off_the_answer(labels):
+    image, rng = LabelledImage(labels), np.random.default_rng(0)
+    off_a_part = []
+    for _ in range(400):
+        prompt = prompts.points_prompt(image, rng)
+        assert prompt.points.shape == (2 * prompts.MOST_POINTS, 2) and prompt.points.dtype == np.float32
+        x, y = prompt.points.T.astype(int)
+        assert prompt.mask[y, x][prompt.labels == 1].all() and (prompt.labels == 1).any()
+        assert not prompt.mask[y, x][prompt.labels == 0].any()
+        if names(prompt.mask, labels) == {SHIRT}:
+            off_a_part.append(np.isin(labels[y, x][prompt.labels == 0], [TROUSERS, BUTTON]).any())
+    assert 0.5 < np.mean(off_a_part) < 1  # mostly denied on the same object
+
+
+def test_boxes_enclose_the_answer_roughly(labels):
+    image, rng = LabelledImage(labels), np.random.default_rng(0)
+    assert prompts.tight_box(labels == BALL).tolist() == [180, 150, 230, 200]
+    for _ in range(100):
+        prompt = prompts.box_prompt(image, rng)
+        tight = prompts.tight_box(prompt.mask)
+        sides = np.tile(tight[2:] - tight[:2], 2)
+        assert (np.abs(prompt.box - tight) <= 0.1 * sides + 1e-4).all()
+
+
+@pytest.mark.parametrize("labels", [np.zeros((256, 256), np.uint8), np.full((256, 256), 16, np.uint8)])
+def test_images_of_nothing_and_without_background(labels):
+    image, rng = LabelledImage(labels), np.random.default_rng(0)
+    for sample in prompts.SAMPLERS.values():
+        for _ in range(20):
+            assert sample(image, rng).mask.all()
+
+
+def test_a_batch_depends_on_the_step_alone_and_flips_together(pool):
+    batches = Batches(pool.images, pool.labels, 64)
+    first, again, other = batches(3), batches(3), batches(4)
+    assert torch.equal(first["images"], again["images"])
+    assert torch.equal(first["points"]["points"], again["points"]["points"])
+    assert not torch.equal(first["box"]["box"], other["box"]["box"])
+    assert first["images"].shape == (pretrain.IMAGES_PER_STEP, 3, 256, 256)
+    flipped = [not torch.equal(image, torch.from_numpy(pool.images[0]).permute(2, 0, 1)) for image in first["images"]]
+    assert any(flipped) and not all(flipped)
+    points, coverage = first["point"]["points"].int(), first["point"]["coverage"]
+    assert coverage.shape == (4 * pretrain.IMAGES_PER_STEP, 64, 64) and 0 <= coverage.min() <= coverage.max() <= 1
+    for i, (x, y) in enumerate(points[:, 0].tolist()):
+        label = int(first["images"][i // 4, 0, y, x])  # its pixel is its label
+        whole = {BUTTON: 3600 * 2, BALL: 2500, 0: None}.get(label)
+        if whole:
+            assert coverage[i].sum() * 16 == pytest.approx(whole, rel=1e-3)
+        assert coverage[i, y // 4, x // 4] > 0
+
+
+def test_losses_are_lowest_for_the_answer():
+    target = torch.zeros(2, 1, 8, 8)
+    target[:, :, 2:6, 2:6] = 1.0
+    right, wrong = (target * 2 - 1) * 9, (1 - target * 2) * 9
+    losses = pretrain.mask_loss(torch.cat([right, right * 0, wrong], dim=1), target)
+    assert (losses[:, 0] < 0.01).all()
+    assert (losses.diff(dim=1) > 0.1).all()
+    soft = torch.full((1, 1, 8, 8), 0.3)  # half-covered pixels want a logit in between
+    at = [pretrain.mask_loss(torch.logit(soft * 0 + p), soft).item() for p in (0.1, 0.3, 0.6)]
+    assert at[1] == min(at)
+
+
+def test_iou_of_masks():
+    a = torch.zeros(3, 4, 4, dtype=torch.bool)
+    a[1, :2], a[2, :, :2] = True, True
+    assert pretrain.mask_iou(a[[0, 1, 1]], a[[0, 1, 2]]).tolist() == pytest.approx([1, 1, 4 / 12])
+
+
+class Oracle(Segmenter):
+    """Answers every prompt with the whole (best predicted IoU), the part at its first point, and the background."""
+
+    def __init__(self, labels: np.ndarray):
+        self.labels = labels
+
+    def embed(self, image: Image.Image) -> SamImage:
+        return SamImage(torch.zeros(1, 1, 1, 1), (256, 256), (256, 256))
+
+    def decode(self, image, points=None, labels=None, boxes=None) -> SamMasks:
+        at = boxes.reshape(-1, 2, 2).mean(1) if points is None else points[:, 0]
+        found = [int(self.labels[y, x]) for x, y in at.int().tolist()]
+        self.answer = np.stack([[self.labels == k, self.labels // 16 == k // 16, self.labels == 0] for k in found])
+        return SamMasks(torch.zeros(len(found), 3, 1, 1), torch.tensor([[0.5, 0.9, 0.1]]).repeat(len(found), 1))
+
+    def masks(self, image, decoded) -> np.ndarray:
+        return self.answer
+
+
+def test_the_cards_figures(labels):
+    labels[labels == BUTTON] = SHIRT
+    figures = pretrain.measure(Oracle(labels), np.zeros((1, 256, 256, 3), np.uint8), labels[None])
+    assert figures["whole, 1 point"] == figures["whole, 3 points"] == figures["whole, true box"] == pytest.approx(100)
+    assert figures["part, 1 point"] == pytest.approx(50)  # shirt and trousers are half of the person each
+    assert figures["part, 3 points, best of three"] == pytest.approx(100)
+    assert figures["1 point on a part gives the part"] == 0
+    assert figures["1 point on a part gives the whole"] == 100
+
+
+def test_it_learns(pool, monkeypatch):
+    monkeypatch.setattr(pretrain, "IMAGES_PER_STEP", 1)
+    monkeypatch.setattr(pretrain, "PROMPTS_PER_IMAGE", {"point": 1, "points": 1, "box": 1})
+    torch.manual_seed(0)
+    model = build_toy_sam()
+    batches = Batches(pool.images, pool.labels, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for step in range(12):
+        terms = pretrain.loss(model, batches(step), step)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        losses.append(terms["loss"].item())
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    unused = {"prompt_encoder.mask_downscaling"}  # mask prompts are not trained
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None or any(name.startswith(prefix) for prefix in unused), name
+
+
+def test_a_run_in_miniature(pool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "IMAGES_PER_STEP", 1)
+    pool.labels[-1][100:] = 0  # the last two images, held out, are a scene and one object alone
+    monkeypatch.setattr(pretrain, "HELD_OUT", 2)
+    monkeypatch.setattr(pretrain, "MEASURED", 2)
+    monkeypatch.setattr(pretrain, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(pretrain, "pool", lambda name: pool)
+    monkeypatch.setattr(pretrain, "STEPS", 2)
+    pretrain.main(2, tmp_path / "run", "cpu")
+    assert "whole, true box" in capsys.readouterr().out
+    state = load_file(tmp_path / "weights" / "sam.safetensors")
+    assert all(tensor.dtype == torch.float16 for tensor in state.values())
+    build_toy_sam().load_state_dict(state)
+    assert (tmp_path / "weights" / "sam.safetensors").stat().st_size < 6e6
+    assert "sam.safetensors" in (tmp_path / "weights" / "SHA256SUMS").read_text()
+    card = (tmp_path / "weights" / "sam.md").read_text()
+    assert (
+        "2 steps of 1 images × 8 prompts" in card
+        and "| whole, true box |" in card
+        and "| object-centric | scenes |" in card
+    )
+    before = (tmp_path / "weights" / "sam.safetensors").read_bytes()
+    pretrain.main(2, tmp_path / "run", "cpu")  # nothing left to train: the same weights again
+    assert (tmp_path / "weights" / "sam.safetensors").read_bytes() == before
+    pretrain.main(1, tmp_path / "trial", "cpu")  # a trial stays where it is
+    assert (tmp_path / "trial" / "sam.safetensors").exists()
+    assert (tmp_path / "weights" / "sam.safetensors").read_bytes() == before

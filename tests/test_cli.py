@@ -1,0 +1,149 @@
+"""The command line: what it passes on, what it prints, and how it ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wris_lib.__main__ import main
+from wris_lib.errors import WrisError
+from wris_lib.methods import Prediction
+
+COMMANDS = ["doctor", "fetch", "segment", "benchmark", "pretrain", "toyworld"]
+
+
+class Recorder:
+    """Stands for a function of the library; keeps what it was called with."""
+
+    def __init__(self, result=None):
+        self.result = result
+
+    def __call__(self, *positional, **named):
+        self.positional, self.named = positional, named
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
+
+
+def test_help_names_every_command_and_needs_no_torch():
+    code = "import sys; from wris_lib.__main__ import main\ntry: main(['-h'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("False\n")
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "-h"])
+    assert f"python -m wris_lib {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["dance"], ["fetch"], ["fetch", "toys"], ["segment", "a.png"], ["pretrain", "llm"]]
+)
+def test_wrong_usage(arguments: list[str], capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "many"])
+def test_a_limit_is_a_positive_number(limit: str, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "--method", "clip_sam", "--data", "toyref:val", "--limit", limit])
+    assert f"expected a positive number, got '{limit}'" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_without_traceback(tmp_path: Path):
+    command = [sys.executable, "-m", "wris_lib", "segment", str(tmp_path / "none.jpg"), "the dog"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "none.jpg" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (WrisError("the disk is full; make room."), 2, "error: the disk is full; make room.\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted; what was finished is kept.\n"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "error: the package torch is missing from"),
+    ],
+)
+def test_how_it_ends(error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("wris_lib.backbones.checkpoints.fetch_paper", Recorder(error))
+    assert main(["fetch", "paper"]) == code
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_doctor_gives_its_exit_code(code: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wris_lib.doctor.main", Recorder(code))
+    assert main(["doctor"]) == code
+
+
+@pytest.mark.parametrize(("flags", "ask"), [([], True), (["--yes"], False)])
+def test_fetch(flags: list[str], ask: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wris_lib.backbones.checkpoints.fetch_paper", fetched := Recorder())
+    assert main(["fetch", "paper", *flags]) == 0
+    assert fetched.named == {"ask": ask}
+
+
+def test_segment_writes_the_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    Image.new("RGB", (40, 20)).save(tmp_path / "image.png")
+    mask = np.zeros((20, 40), dtype=bool)
+    mask[:10, :10] = True
+    prediction = Prediction(mask, np.zeros((20, 40)), np.array([[5.0, 5.0]]), np.array([1]), 0.75)
+    monkeypatch.setattr("wris_lib.methods.segment", segmented := Recorder(prediction))
+    image, out = str(tmp_path / "image.png"), tmp_path / "overlay.png"
+    assert main(["segment", image, "the dog", "--out", str(out), "--method", "other", "--stack", "paper"]) == 0
+    assert segmented.positional == (image, "the dog")
+    assert segmented.named == {"method": "other", "stack": "paper"}
+    assert Image.open(out).width > 0
+    assert capsys.readouterr().out == f"{out}: the mask covers 12.5% of the image, score 0.75\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ("clip_sam", None, 0, None)),
+        (["--limit", "20"], ("clip_sam_limit20", 20, 0, None)),
+        (["--name", "mine", "--seed", "3", "--stack", "toy", "--limit", "9"], ("mine", 9, 3, "toy")),
+    ],
+)
+def test_benchmark(flags: list[str], expected: tuple, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("wris_lib.benchmark.run", measured := Recorder({"rows": []}))
+    arguments = ["--method", "clip_sam plain", "sam box", "--data", "toyref:val", "toyref+:val"]
+    assert main(["benchmark", *arguments, *flags]) == 0
+    assert measured.positional == (["clip_sam plain", "sam box"], ["toyref:val", "toyref+:val"], *expected)
+    assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["clip", "sam"])
+def test_pretrain(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(f"wris_lib.pretrain.{model}.main", trained := Recorder())
+    assert main(["pretrain", model]) == 0
+    assert trained.named == {}
+    assert main(["pretrain", model, "--steps", "7", "--folder", str(tmp_path)]) == 0
+    assert trained.named == {"steps": 7, "folder": tmp_path}
+
+
+def test_toyworld_in_the_cache(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
+    monkeypatch.setattr("wris_lib.data.toyworld.build.ensure", Recorder(tmp_path))
+    assert main(["toyworld"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+
+
+def test_toyworld_in_a_new_folder(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
+    def write(folder: Path) -> None:
+        (folder / "made").touch()
+
+    monkeypatch.setattr("wris_lib.data.toyworld.build.write_world", write)
+    arguments = ["toyworld", "--out", str(tmp_path / "world")]
+    assert main(arguments) == 0
+    assert (tmp_path / "world" / "made").exists()
+    assert main(arguments) == 2
+    assert "world exists already; name a new folder." in capsys.readouterr().err

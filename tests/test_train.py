@@ -1,0 +1,172 @@
+"""The training loop: resume is exact, interruptions lose nothing, and errors say what to do."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from wris_lib.errors import WrisError
+from wris_lib.train import Recipe, fit
+
+RECIPE = Recipe(steps=12, learning_rate=1e-2, warmup=3, seed=5, checkpoint_every=4)
+
+
+def make_model(width=8):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, width), nn.Dropout(0.5), nn.Linear(width, 1))
+
+
+def batches(step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 4, generator=generator)
+    return {"x": x, "y": x.sum(1, keepdim=True)}
+
+
+def loss(model, batch, step):
+    error = (model(batch["x"]) - batch["y"]).square().mean()
+    return {"loss": error, "root": error.detach().sqrt()}
+
+
+def without_time(log):
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in log]
+
+
+def same_weights(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def stop_at(step):
+    """Batches that break the run like a crash when `step` is reached."""
+
+    def broken(number):
+        if number == step:
+            raise RuntimeError("power cut")
+        return batches(number)
+
+    return broken
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, precision):
+    recipe = replace(RECIPE, precision=precision)
+    straight, resumed = make_model(), make_model()
+    log = fit(straight, loss, batches, recipe, tmp_path / "a")
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(resumed, loss, stop_at(10), recipe, tmp_path / "b")  # after the checkpoint of step 8
+    resumed = make_model()
+    resumed_log = fit(resumed, loss, batches, recipe, tmp_path / "b")
+    assert same_weights(straight, resumed)
+    assert without_time(log) == without_time(resumed_log)
+    assert [entry["step"] for entry in log] == list(range(12))
+
+
+def test_kill_minus_nine_leaves_a_whole_checkpoint_and_no_debris(tmp_path):
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_train import *
+        def deadly(step):
+            if step == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batches(step)
+        fit(make_model(), loss, deadly, RECIPE, {str(tmp_path / "b")!r})
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint.pt"]
+    straight, resumed = make_model(), make_model()
+    fit(straight, loss, batches, RECIPE, tmp_path / "a")
+    fit(resumed, loss, batches, RECIPE, tmp_path / "b")
+    assert same_weights(straight, resumed)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
+    def interrupted(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batches(step)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 5"):
+        fit(make_model(), loss, interrupted, RECIPE, tmp_path / "b")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["log"]) == 6
+    straight, resumed = make_model(), make_model()
+    fit(straight, loss, batches, RECIPE, tmp_path / "a")
+    fit(resumed, loss, batches, RECIPE, tmp_path / "b")
+    assert same_weights(straight, resumed)
+
+
+def test_finished_run_is_loaded_not_trained_again(tmp_path):
+    model = make_model()
+    log = fit(model, loss, batches, RECIPE, tmp_path)
+    again = make_model()
+    assert fit(again, loss, stop_at(0), RECIPE, tmp_path) == log
+    assert same_weights(model, again)
+
+
+def test_training_learns_and_leaves_the_callers_random_state_alone(tmp_path):
+    model = make_model(32)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    log = fit(model, loss, batches, replace(RECIPE, steps=200), tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    assert sum(e["loss"] for e in log[-20:]) < 0.5 * sum(e["loss"] for e in log[:20])
+
+
+def test_schedule_warms_up_and_ends_near_zero():
+    rates = [RECIPE.rate(step) for step in range(RECIPE.steps)]
+    assert rates[0] == pytest.approx(1e-2 / 3) and max(rates) == pytest.approx(1e-2)
+    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] < 5e-4
+
+
+def test_frozen_parameters_stay(tmp_path):
+    model = make_model()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    fit(model, loss, batches, RECIPE, tmp_path)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_another_recipe_is_refused(tmp_path):
+    fit(make_model(), loss, batches, RECIPE, tmp_path)
+    with pytest.raises(WrisError, match="another recipe .*learning_rate 0.01 instead of 0.5.*delete"):
+        fit(make_model(), loss, batches, replace(RECIPE, learning_rate=0.5), tmp_path)
+
+
+def test_another_model_is_refused(tmp_path):
+    fit(make_model(), loss, batches, RECIPE, tmp_path)
+    with pytest.raises(WrisError, match="another model"):
+        fit(make_model(width=9), loss, batches, RECIPE, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000])
+def test_damaged_checkpoint_is_refused(tmp_path, keep):
+    fit(make_model(), loss, batches, RECIPE, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(WrisError, match="damaged"):
+        fit(make_model(), loss, batches, RECIPE, tmp_path)
+
+
+def test_diverged_loss_is_named(tmp_path):
+    def nan(model, batch, step):
+        return {"loss": model(batch["x"]).sum() * float("nan")}
+
+    with pytest.raises(WrisError, match="the loss became nan at step 0"):
+        fit(make_model(), nan, batches, RECIPE, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"precision": "fp8"}, {"steps": 0}, {"checkpoint_every": 0}])
+def test_impossible_recipe(change):
+    with pytest.raises(WrisError):
+        replace(RECIPE, **change)

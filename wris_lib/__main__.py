@@ -1,0 +1,161 @@
+"""`python -m wris_lib`: everything of the course that is done from the command line.
+
+Each command imports what it needs when it is called: `--help` answers at once, and the doctor runs where torch is
+broken.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from wris_lib.errors import WrisError
+
+DESCRIPTION = """\
+Weakly-supervised referring image segmentation, to read and to run.
+
+  python -m wris_lib segment photo.jpg "the dog on the left" --out overlay.png
+"""
+STACK_HELP = 'models to use: "toy", which come with the course (default), or "paper", see `fetch`'
+SPLITS = "toyobjects:val toyref:val toyref+:val toyrefg:val"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code: 0 done, 1 the doctor found a fault, 2 the user can mend it, 130 interrupted."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except WrisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"error: the package {error.name} is missing from {sys.prefix}; use the course's environment "
+            "(.venv/bin/python -m wris_lib …), and make it with `make setup`.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept.", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m wris_lib",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(command: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+        name = command.__name__
+        added = commands.add_parser(name, help=help, description=command.__doc__)
+        added.set_defaults(command=command)
+        return added
+
+    add(doctor, "say what works here, and how to mend the rest")
+
+    fetched = add(fetch, "download the papers' checkpoints")
+    fetched.add_argument("stack", choices=["paper"], help="the papers' CLIP and SAM, with their hashes checked")
+    fetched.add_argument("--yes", action="store_true", help="do not ask before downloading")
+
+    segmented = add(segment, "find the object that an expression refers to")
+    segmented.add_argument("image", metavar="IMAGE", help="a picture file")
+    segmented.add_argument("expression", metavar="EXPRESSION", help='such as "the man in the green shirt"')
+    segmented.add_argument("--out", default="overlay.png", metavar="FILE", help="picture to write (overlay.png)")
+    segmented.add_argument("--method", default="clip_sam", help="method to use (clip_sam)")
+    segmented.add_argument("--stack", help=STACK_HELP)
+
+    measured = add(benchmark, "measure methods on splits")
+    measured.add_argument(
+        "--method", nargs="+", required=True, metavar="NAME", help='methods, variants ("clip_sam plain") or "sam box"'
+    )
+    measured.add_argument("--data", nargs="+", required=True, metavar="SPLIT", help=f"such as {SPLITS}")
+    measured.add_argument("--name", help="writes results/NAME.json, .md and .png (the first method's name)")
+    measured.add_argument("--limit", type=positive, metavar="N", help="at least N expressions of a split, drawn")
+    measured.add_argument("--seed", type=int, default=0, help="of that draw and of the intervals (0)")
+    measured.add_argument("--stack", help=STACK_HELP)
+
+    trained = add(pretrain, "train a toy model from scratch")
+    trained.add_argument("model", choices=["clip", "sam"])
+    trained.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
+    trained.add_argument("--folder", type=Path, metavar="FOLDER", help="where the checkpoint is kept (in the cache)")
+
+    made = add(toyworld, "make the toy datasets")
+    made.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="a new folder for them (in the cache, where the course looks)"
+    )
+    return parser
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Check Python, packages, weights, notebook kernel, memory, disk and cache. Exits with 1 if something failed."""
+    from wris_lib.doctor import main
+
+    return main()
+
+
+def fetch(options: argparse.Namespace) -> None:
+    """Download the checkpoints of the paper stack into the cache. A broken download is continued."""
+    from wris_lib.backbones.checkpoints import fetch_paper
+
+    fetch_paper(ask=not options.yes)
+
+
+def segment(options: argparse.Namespace) -> None:
+    """Segment the object that an expression refers to, and write the image with its mask. The toy stack knows only
+    the toy world; for photographs take --stack paper."""
+    from wris_lib import show
+    from wris_lib.methods import segment
+
+    prediction = segment(options.image, options.expression, method=options.method, stack=options.stack)
+    show.overlay(options.image, prediction, options.expression).save(options.out)
+    print(f"{options.out}: the mask covers {prediction.mask.mean():.1%} of the image, score {prediction.score:.2f}")
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Measure methods on splits, and write table and picture into results/. A run that was stopped goes on where it
+    was. With --limit the files are named after it, so that a trial does not replace the full figures."""
+    from wris_lib import report
+    from wris_lib.benchmark import run
+
+    limited = f"_limit{options.limit}" if options.limit else ""
+    name = options.name or options.method[0].split(" ")[0] + limited
+    results = run(options.method, options.data, name, options.limit, options.seed, options.stack)
+    print(report.table(results))
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    """Train the toy CLIP or the toy SAM from scratch. A run that was stopped goes on at its last checkpoint."""
+    if options.model == "clip":
+        from wris_lib.pretrain.clip import main
+    else:
+        from wris_lib.pretrain.sam import main
+    given = {"steps": options.steps, "folder": options.folder}
+    main(**{name: value for name, value in given.items() if value is not None})
+
+
+def toyworld(options: argparse.Namespace) -> None:
+    """Make ToyRef, ToyRef+, ToyRefg, ToyCut and ToyObjects: pictures, outlines and expressions in RefCOCO's format."""
+    from wris_lib.data.toyworld import build
+    from wris_lib.files import atomic_folder
+
+    if options.out is None:
+        print(build.ensure())
+        return
+    with atomic_folder(options.out) as folder:
+        if folder is None:
+            raise WrisError(f"{options.out} exists already; name a new folder.")
+        build.write_world(folder)
+    print(options.out)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Which weights each stack is made of, where they lie, and how they come here.
+
+A *stack* is a row of this table and nothing more: every other line of the library is the same for the
+embedded toy models and for the papers' models. A file is used only after its SHA-256 has been compared with
+the recorded one. This module needs no torch, so that the doctor can read it where torch is broken.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from wris_lib.backbones.download import DownloadError, download
+from wris_lib.errors import WrisError
+from wris_lib.files import atomic_write, cache_dir, sha256
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+FETCH = "python -m wris_lib fetch paper"
+REINSTALL = "install the library again, or train it with `python -m wris_lib pretrain`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One file of weights: packaged with the library, or, when it has `urls`, fetched into the cache."""
+
+    file: str
+    sha256: str | None = None  # None: see weights/SHA256SUMS, which is written when toy weights are retrained
+    urls: tuple[str, ...] = ()  # tried in this order
+    megabytes: int = 0
+    licence: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipCheckpoint(Checkpoint):
+    """Weights of an open_clip model."""
+
+    model_name: str  # of open_clip's `create_model`
+    dense_size: int  # pixels: input side at which similarity maps are computed
+    prompts: tuple[str, ...] = ("{}",)  # an expression's embedding is the mean over these
+    surgery_from: int | None = None  # block, from 1, at which CLIP Surgery begins; None: the first of the last half
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamCheckpoint(Checkpoint):
+    """Weights of a segment_anything model."""
+
+    model_type: str  # key of segment_anything's `sam_model_registry`
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The models that a method is built from."""
+
+    name: str
+    clip: ClipCheckpoint
+    sam: SamCheckpoint
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return (self.clip, self.sam)
+
+
+STACKS = {
+    stack.name: stack
+    for stack in (
+        Stack(
+            "toy",
+            # Six blocks are too few to spend three before Surgery begins: measured on ToyRef train.
+            clip=ClipCheckpoint(model_name="wris-toy", file="clip.safetensors", dense_size=256, surgery_from=2),
+            sam=SamCheckpoint(model_type="wris_toy", file="sam.safetensors"),
+        ),
+        Stack(
+            "paper",
+            # OpenAI trained with QuickGELU: plain "ViT-B-16" would load silently and compute something else.
+            clip=ClipCheckpoint(
+                model_name="ViT-B-16-quickgelu",
+                file="ViT-B-16.pt",
+                sha256="5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+                urls=(
+                    "https://openaipublic.azureedge.net/clip/models/"
+                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+                    "https://huggingface.co/jinaai/clip-models/resolve/main/ViT-B-16.pt",
+                ),
+                megabytes=351,
+                licence="MIT",
+                dense_size=512,
+                # CLIP Surgery averages over 85 templates. Three of them cost a thirtieth.
+                prompts=("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene."),
+            ),
+            sam=SamCheckpoint(
+                model_type="vit_b",
+                file="sam_vit_b_01ec64.pth",  # 01ec64 begins the file's MD5, not its SHA-256
+                sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+                urls=(
+                    "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
+                    "https://huggingface.co/ybelkada/segment-anything/resolve/main/checkpoints/sam_vit_b_01ec64.pth",
+                ),
+                megabytes=375,
+                licence="Apache-2.0",
+            ),
+        ),
+    )
+}
+
+
+def default_stack() -> str:
+    """Name of the stack to use when none is given: `$WRIS_STACK`, or "toy"."""
+    return os.environ.get("WRIS_STACK") or "toy"
+
+
+def get_stack(name: str | None = None) -> Stack:
+    """The stack of that name; without a name the default one.
+
+    Raises:
+        WrisError: no such stack.
+    """
+    name = name or default_stack()
+    if name not in STACKS:
+        raise WrisError(f"there is no stack {name!r}; choose one of: {', '.join(STACKS)}.")
+    return STACKS[name]
+
+
+def checkpoint_path(checkpoint: Checkpoint) -> Path:
+    """Where the file lies: in the package, or in the cache when it had to be fetched.
+
+    Raises:
+        WrisError: it is not there.
+    """
+    path = _place(checkpoint)
+    if not path.is_file():
+        mend = f"fetch it with `{FETCH}`" if checkpoint.urls else REINSTALL
+        raise WrisError(f"{path} is missing; {mend}.")
+    return path
+
+
+def verify(path: Path, expected: str) -> None:
+    """Compare a file's SHA-256 with the recorded one.
+
+    Raises:
+        WrisError: they differ, so the file is damaged or another one.
+    """
+    if (found := sha256(path)) != expected:
+        raise WrisError(
+            f"{path} is damaged or not the file it should be: its SHA-256 begins with {found[:12]} instead of"
+            f" {expected[:12]}; delete it and fetch or install it again."
+        )
+
+
+def expected_sha256(checkpoint: Checkpoint) -> str:
+    """The recorded hash: from the table, or for packaged weights from `weights/SHA256SUMS`.
+
+    Raises:
+        WrisError: none is recorded.
+    """
+    if checkpoint.sha256:
+        return checkpoint.sha256
+    recorded = _recorded(WEIGHTS)
+    if checkpoint.file not in recorded:
+        raise WrisError(f"{WEIGHTS / 'SHA256SUMS'} has no line for {checkpoint.file}; {REINSTALL}.")
+    return recorded[checkpoint.file]
+
+
+def record_toy_weights(path: Path) -> None:
+    """Record the SHA-256 of retrained toy weights in `SHA256SUMS` beside them (the format of `sha256sum`)."""
+    sums = _recorded(path.parent) | {path.name: sha256(path)}
+    with atomic_write(path.parent / "SHA256SUMS", "w") as file:
+        file.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def paper_status() -> dict[str, str]:
+    """For each file of the paper stack: "ready", "missing", "damaged" or "begun" (a fetch broke off)."""
+    return {checkpoint.file: _status(checkpoint) for checkpoint in STACKS["paper"].checkpoints}
+
+
+def fetch_paper(ask: bool = True) -> None:
+    """Bring what is lacking of the paper stack into the cache, having said what that is.
+
+    Args:
+        ask: wait for a yes on the keyboard first.
+
+    Raises:
+        WrisError: no source of a file worked; the cache is read-only or full. What has arrived is kept.
+    """
+    status = paper_status()
+    lacking = [c for c in STACKS["paper"].checkpoints if status[c.file] != "ready"]
+    folder = cache_dir() / "paper"
+    if not lacking:
+        print(f"The paper stack is complete in {folder}.")
+        return
+    print(f"To be fetched into {folder}:")
+    for checkpoint in lacking:
+        print(f"  {checkpoint.file}: about {checkpoint.megabytes} MB, {checkpoint.licence} licence")
+        print(f"    from {checkpoint.urls[0]}")
+    if ask and not _agreed("Fetch? [y/N] "):
+        print("Nothing was fetched.")
+        return
+    for checkpoint in lacking:
+        _fetch(checkpoint)
+    print(f"The paper stack is complete in {folder}.")
+
+
+def _place(checkpoint: Checkpoint) -> Path:
+    return cache_dir() / "paper" / checkpoint.file if checkpoint.urls else WEIGHTS / checkpoint.file
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """File name to SHA-256, as the folder's `SHA256SUMS` has them."""
+    sums = folder / "SHA256SUMS"
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
+    return {name: digest for digest, name in (line.split() for line in lines)}
+
+
+def _status(checkpoint: Checkpoint) -> str:
+    path = _place(checkpoint)
+    if path.is_file():
+        return "ready" if sha256(path) == expected_sha256(checkpoint) else "damaged"
+    return "begun" if path.with_name(f"{path.name}.partial").exists() else "missing"
+
+
+def _fetch(checkpoint: Checkpoint) -> None:
+    """Try one source after the other."""
+    failures = []
+    for url in checkpoint.urls:
+        try:
+            return download(url, _place(checkpoint), expected_sha256(checkpoint))
+        except DownloadError as error:
+            failures.append(str(error))
+    raise WrisError(
+        f"{checkpoint.file} could not be fetched: {'; '.join(failures)}; check the network and run `{FETCH}`"
+        f" again, or copy the file to {_place(checkpoint)} by hand."
+    )
+
+
+def _agreed(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in {"y", "yes"}
+    except EOFError:  # nobody sits at the keyboard
+        print()
+        return False

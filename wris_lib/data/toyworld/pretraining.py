@@ -1,0 +1,152 @@
+"""What the toy CLIP and the toy SAM are trained on: image–caption pairs, and images with class-agnostic masks.
+
+These scenes are made for pretraining alone: their seeds differ from those of every dataset. Pixels lie in flat files
+that are mapped into memory, so a training step reads only what it needs.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from wris_lib.data.toyworld import grammar, wording
+from wris_lib.data.toyworld.build import VERSION, run_parallel
+from wris_lib.data.toyworld.scenes import SIZE, Scene, sample_object_image, sample_scene
+from wris_lib.data.toyworld.sprites import drawings
+from wris_lib.files import atomic_folder, cache_dir, write_json
+
+SEED = 1009
+CAPTIONS = 6  # an image
+POOLS = {"clip": (40_000, 128), "sam": (12_000, 256)}  # images, pixels a side
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images for pretraining; the first half of CLIP's are object-centric, the rest are scenes.
+
+    Attributes:
+        images: RGB, 0..255.
+        labels: for masks: 0 = background, else 16 · (object index + 1) + part index.
+        captions: for CLIP: several true sentences an image.
+    """
+
+    images: UInt8[np.ndarray, "n h w 3"]
+    labels: UInt8[np.ndarray, "n h w"] | None
+    captions: list[list[str]] | None
+
+
+def pool(name: str) -> Pool:
+    """The pool for "clip" or "sam"; made in the cache on first use, in a few minutes on two cores."""
+    count, size = POOLS[name]
+    return make_pool(cache_dir() / f"toyworld-{VERSION}-pool-{name}", name, count, size)
+
+
+def make_pool(folder: Path, name: str, count: int, size: int, processes: int | None = None) -> Pool:
+    """A pool in `folder`, made unless it is there.
+
+    Args:
+        name: "clip" (captions) or "sam" (labels).
+        count: number of images.
+        size: pixels a side.
+    """
+    with atomic_folder(folder) as target:
+        if target is not None:
+            _write_pool(target, name, count, size, processes)
+    shape = (count, size, size)
+    images = np.memmap(folder / "images.bin", np.uint8, "r", shape=(*shape, 3))
+    if name == "clip":
+        return Pool(images, None, json.loads((folder / "captions.json").read_text(encoding="utf-8")))
+    return Pool(images, np.memmap(folder / "labels.bin", np.uint8, "r", shape=shape), None)
+
+
+def _write_pool(folder: Path, name: str, count: int, size: int, processes: int | None) -> None:
+    captions = []
+    with open(folder / "images.bin", "wb") as images, open(folder / "labels.bin", "wb") as labels:
+        work = partial(_make_item, name, count, size)
+        for pixels, label, sentences in run_parallel(work, list(range(count)), f"{name} pool", processes):
+            images.write(pixels)
+            labels.write(label)
+            captions.append(sentences)
+    if name == "clip":
+        write_json(folder / "captions.json", captions)
+
+
+def _make_item(name: str, count: int, size: int, number: int) -> tuple[bytes, bytes, list[str]]:
+    rng = np.random.default_rng([SEED, list(POOLS).index(name), number])
+    object_centric = number < count // 2 if name == "clip" else number % 3 == 0
+    categories = list(drawings())
+    scene = sample_object_image(rng, categories[number % len(categories)]) if object_centric else sample_scene(rng)
+    image = Image.fromarray(scene.image)
+    if size != SIZE:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    if name == "clip":
+        return image.tobytes(), b"", captions(scene, rng)
+    return image.tobytes(), scene.labels.tobytes(), []
+
+
+def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """CAPTIONS true sentences about a scene, of the kinds that one finds beside pictures."""
+    things = [i for i in range(len(scene.objects)) if grammar.can_be_referent(scene.objects[i])]
+    sentences = []
+    for number in range(CAPTIONS):
+        if not things:
+            sentences.append(_enumerate(scene, rng))
+        elif len(scene.objects) == 1:
+            sentences.append(_describe_one(scene, 0, rng))
+        elif number % 3 == 0:
+            sentences.append(_enumerate(scene, rng))
+        else:
+            index = things[int(rng.integers(len(things)))]
+            kinds = ("relation", "long", "position", "part") if number % 3 == 1 else ("part", "attribute", "position")
+            kind = kinds[int(rng.integers(len(kinds)))]
+            phrase = grammar.describe(scene, index, kind, rng)
+            sentences.append(_say(phrase, rng) if phrase else _describe_one(scene, index, rng))
+    return sentences
+
+
+def _describe_one(scene: Scene, index: int, rng: np.random.Generator) -> str:
+    """One object by what can be seen of it, whether or not that is unique."""
+    thing = scene.objects[index]
+    noun = grammar.pick_noun(thing, rng)
+    adjectives = [word for word in grammar.adjectives(thing) if word not in ("big", "small")]
+    keep = tuple(word for word in adjectives if rng.random() < 0.6)
+    parts = [part for part in grammar.said_parts(thing) if rng.random() < 0.5]
+    order = rng.permutation(len(parts))[:3]
+    phrase = grammar.Phrase(noun, keep, tuple(parts[i] for i in order))
+    text = _say(phrase, rng)
+    if len(scene.objects) == 1 and rng.random() < 0.25:
+        text += " in the middle"
+    return text
+
+
+def _enumerate(scene: Scene, rng: np.random.Generator) -> str:
+    """What is there: "a red car, two dogs and a tree"."""
+    seen: dict[str, list[int]] = {}
+    for index, thing in enumerate(scene.objects):
+        if thing.area >= grammar.MIN_AREA:
+            seen.setdefault(thing.category, []).append(index)
+    names = []
+    for category, indices in seen.items():
+        words = grammar.adjectives(scene.objects[indices[0]])[:1] if len(indices) == 1 else []
+        color = [w for w in words if w not in ("big", "small") and rng.random() < 0.6]
+        count = {1: "", 2: "two ", 3: "three "}.get(len(indices), "many ")
+        noun = " ".join([*color, category if len(indices) == 1 else wording.plural(category)])
+        names.append(count + noun if count else f"{wording.article_for(noun)} {noun}")
+    names = [names[i] for i in rng.permutation(len(names))][:4]
+    if not names:
+        return "a picture"
+    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
+
+
+def _say(phrase: grammar.Phrase, rng: np.random.Generator) -> str:
+    draw = rng.random()
+    if draw < 0.35:
+        return wording.say(phrase, rng, article="the")
+    if draw < 0.5:
+        return wording.say(phrase, rng, telegraphic=True)
+    prefix = ("", "", "a photo of ", "there is ")[int(rng.integers(4))]
+    return prefix + wording.say(phrase, rng, article="a")

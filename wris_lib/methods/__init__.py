@@ -1,0 +1,154 @@
+"""Every method is the same kind of thing: an image and an expression go in, a `Prediction` comes out.
+
+A method is a subclass of `Method` in a folder of its own and one line in `METHODS`. The benchmark, the pictures
+and the widgets are written once, against that.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+from wris_lib.backbones.checkpoints import get_stack
+from wris_lib.data.images import check_expression, load_image
+from wris_lib.errors import WrisError
+
+# Name -> where the class is. It is imported when it is asked for, since the models behind it take seconds.
+METHODS = {
+    "clip_sam": "wris_lib.methods.clip_sam:ClipSam",
+}
+
+
+@dataclass
+class Stage:
+    """One step on a method's way to its mask, kept to be looked at. What a step does not have is None.
+
+    Attributes:
+        name: what the step is.
+        note: one line about what came out.
+        response_map: [h, w], at whatever resolution the step has it.
+        points: [N, 2] as (x, y) in image pixels.
+        point_labels: [N], 1 for "belongs to it", 0 for "does not".
+        masks: [K, H, W] candidates, at image size.
+        scores: [K], one for each candidate.
+    """
+
+    name: str
+    note: str = ""
+    response_map: Float[np.ndarray, "h w"] | None = None
+    points: Float[np.ndarray, "n 2"] | None = None
+    point_labels: Int[np.ndarray, "n"] | None = None
+    masks: Bool[np.ndarray, "k H W"] | None = None
+    scores: Float[np.ndarray, "k"] | None = None
+
+
+@dataclass
+class Prediction:
+    """What a method says about one expression.
+
+    Attributes:
+        mask: [H, W] at image size, true on the predicted referent.
+        response_map: [H, W] at image size, in [0, 1]: how strongly each pixel answers to the expression.
+        points: [N, 2] as (x, y) in image pixels, the prompts given to SAM.
+        point_labels: [N], 1 for positive points, 0 for negative ones.
+        score: the method's own confidence in the mask.
+        trace: the stages that led to it.
+    """
+
+    mask: Bool[np.ndarray, "H W"]
+    response_map: Float[np.ndarray, "H W"]
+    points: Float[np.ndarray, "n 2"]
+    point_labels: Int[np.ndarray, "n"]
+    score: float
+    trace: list[Stage] = field(default_factory=list)
+
+
+class Method(ABC):
+    """What each class named in `METHODS` derives from.
+
+    Attributes:
+        variants: the option sets that the benchmark compares, by name.
+    """
+
+    variants: ClassVar[dict[str, dict[str, Hashable]]]
+
+    @classmethod
+    @abstractmethod
+    def load(cls, stack: str) -> "Method":
+        """Build it from the models of a stack; options of the method's own follow."""
+
+    @abstractmethod
+    def predict(self, image: Image.Image, expressions: list[str]) -> list[Prediction]:
+        """One prediction for each expression about one RGB image."""
+
+
+def get_method(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        WrisError: there is no method of that name.
+    """
+    if name not in METHODS:
+        raise WrisError(f"there is no method {name!r}; choose one of: {', '.join(METHODS)}.")
+    return resolve_name(METHODS[name])
+
+
+@lru_cache(maxsize=2)  # a notebook that segments in every cell loads the models once
+def _load(cls: type[Method], stack: str, options: tuple[tuple[str, Hashable], ...]) -> Method:
+    return cls.load(stack, **dict(options))
+
+
+def load_method(name: str, stack: str | None = None, **options: Hashable) -> Method:
+    """A method, ready to predict. The two used last are kept in memory.
+
+    Args:
+        name: key of `METHODS`.
+        stack: "toy" or "paper"; by default $WRIS_STACK, or "toy".
+        options: the method's own, see its `load`.
+
+    Raises:
+        WrisError: no such method, stack or option, or the stack's weights are missing or damaged.
+    """
+    cls = get_method(name)
+    known = [option for option in inspect.signature(cls.load).parameters if option != "stack"]
+    if unknown := [option for option in options if option not in known]:
+        raise WrisError(f"{name} has no option {unknown[0]!r}; it has: {', '.join(known) or 'none'}.")
+    return _load(cls, get_stack(stack).name, tuple(sorted(options.items())))
+
+
+def segment(
+    image: str | Path | Image.Image | np.ndarray,
+    expression: str | list[str],
+    method: str = "clip_sam",
+    stack: str | None = None,
+    **options: Hashable,
+) -> Prediction | list[Prediction]:
+    """Find the object that an expression refers to.
+
+    Args:
+        image: a file, a PIL image, or an array [H, W, 3] or [H, W] (uint8, or float in [0, 1]).
+        expression: "the man in the green shirt"; or a list of such, for which the image is encoded only once.
+        method: key of `METHODS`.
+        stack: "toy" or "paper"; by default $WRIS_STACK, or "toy".
+        options: the method's own, such as kind="plain" for clip_sam.
+
+    Returns:
+        One prediction; for a list of expressions a list of predictions in its order.
+
+    Raises:
+        WrisError: no such method, stack or option, the image cannot be read, an expression is empty, or the
+            stack's weights are missing or damaged.
+    """
+    expressions = [expression] if isinstance(expression, str) else list(expression)
+    checked = [check_expression(text) for text in expressions]
+    picture = load_image(image)
+    predictions = load_method(method, stack, **options).predict(picture, checked)
+    return predictions[0] if isinstance(expression, str) else predictions

@@ -1,0 +1,124 @@
+"""Results as files: the JSON is the source, the table and the picture are made from it alone.
+
+`NAME.json` is {"made": {"command", "date", "device", "seeds", "versions"}, "rows": [...]}. A row has "name" (of the
+method), "data", "n" (expressions), "images", "metrics" (see `wris_lib.evaluate.summarize`) and "kinds" (the same by
+kind of expression). All figures are percent. A row that an earlier command made has a "made" of its own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from wris_lib.errors import WrisError
+from wris_lib.evaluate import OUTCOMES
+from wris_lib.files import atomic_write, write_json
+
+Results = dict[str, Any]
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"  # of the checkout
+COLUMNS = (
+    "mIoU",
+    "oIoU",
+    "P@0.3",
+    "P@0.5",
+    "P@0.7",
+    "P@0.9",
+    "PointM",
+    "part instead of whole",
+    "wrong object",
+)
+# Okabe and Ito's colours, which colour-blind readers tell apart; grey for what is neither right nor interesting.
+OUTCOME_COLORS = dict(zip(OUTCOMES, ("#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#DDDDDD"), strict=True))
+
+
+def read(path: Path) -> Results:
+    """The results in a file.
+
+    Raises:
+        WrisError: there is no such file, or it is not a result.
+    """
+    path = Path(path)
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WrisError(f"there is no result {path}; make it with `python -m wris_lib benchmark`.") from error
+    except ValueError as error:
+        raise WrisError(f"{path} is damaged; delete it and run the benchmark again.") from error
+    if not isinstance(results, dict) or not {"made", "rows"} <= results.keys():
+        raise WrisError(f"{path} is no result of the benchmark; choose another name.")
+    return results
+
+
+def write(path: Path, made: dict[str, Any], rows: list[dict[str, Any]]) -> Results:
+    """Put rows into a results file, in place of those with the same name and data, and redo table and picture.
+
+    Raises:
+        WrisError: the file there is not a result, or the folder cannot be written.
+    """
+    path = Path(path)
+    merged = {}
+    if path.exists():
+        before = read(path)
+        merged = {(row["name"], row["data"]): {"made": before["made"]} | row for row in before["rows"]}
+    merged.update({(row["name"], row["data"]): row for row in rows})
+    results = {"made": made, "rows": list(merged.values())}
+    write_json(path, results)
+    with atomic_write(path.with_suffix(".md"), "w") as file:
+        file.write(table(results) + "\n")
+    with atomic_write(path.with_suffix(".png")) as file:
+        picture(results).savefig(file, format="png", dpi=100)
+    return results
+
+
+def table(results: Results, columns: tuple[str, ...] = COLUMNS) -> str:
+    """Results as a Markdown table: percent, ± the bootstrap's standard error."""
+    lines = [["method", "data", "n", *columns]]
+    for row in results["rows"]:
+        figures = [row["metrics"].get(column) for column in columns]
+        cells = [f"{figure['mean']:.1f} ± {figure['std']:.1f}" if figure else "–" for figure in figures]
+        lines.append([row["name"], row["data"], str(row["n"]), *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    # Names to the left, figures to the right.
+    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    padded = [
+        [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in (lines[0], rule, *lines[1:])
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def picture(results: Results) -> Figure:
+    """mIoU with its 95 % interval, and beside it what became of the expressions; one bar a row."""
+    rows = results["rows"]
+    figure = Figure(figsize=(9, 1.3 + 0.3 * len(rows)), layout="constrained")
+    scores, shares = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    places = range(len(rows))
+    means = [row["metrics"]["mIoU"]["mean"] for row in rows]
+    reach = [
+        [row["metrics"]["mIoU"]["mean"] - row["metrics"]["mIoU"]["low"] for row in rows],
+        [row["metrics"]["mIoU"]["high"] - row["metrics"]["mIoU"]["mean"] for row in rows],
+    ]
+    scores.barh(places, means, xerr=reach, color="#56B4E9", error_kw={"lw": 1})
+    for place, mean in zip(places, means, strict=True):
+        scores.text(1, place, f"{mean:.1f}", va="center", fontsize=8)
+    scores.set_yticks(places, [f"{row['name']}, {row['data']}" for row in rows], fontsize=9)
+    scores.invert_yaxis()
+    scores.set_title("mIoU and its 95 % interval", loc="left", fontsize=10)
+    start = [0.0] * len(rows)
+    for outcome in OUTCOMES:
+        widths = [row["metrics"][outcome]["mean"] for row in rows]
+        shares.barh(places, widths, left=start, color=OUTCOME_COLORS[outcome], label=outcome, edgecolor="white", lw=0.5)
+        start = [before + width for before, width in zip(start, widths, strict=True)]
+    shares.set_title("what became of the expressions", loc="left", fontsize=10)
+    for axes in (scores, shares):
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("percent", fontsize=9)
+        axes.tick_params(labelsize=8, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(OUTCOMES), fontsize=8, frameon=False)
+    return figure
