@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from wris_lib.data.coco import decode_mask
+from wris_lib.data.coco import decode_mask, read_instances
 from wris_lib.data.refer import EvaluationItem, Expression, ReferEvaluation, ReferExpressions
 from wris_lib.errors import WrisError
 
@@ -493,3 +493,11 @@ def test_instances_of_another_structure(tmp_path, instances, table):
     write(tmp_path, instances=instances)
     with pytest.raises(WrisError, match=f"instances.json is not in COCO's format: '{table}' should have id, "):
         ReferEvaluation(tmp_path, "refcoco", "val")
+
+
+def test_instances_are_parsed_once_until_the_file_changes(root):
+    path = root / "refcoco" / "instances.json"
+    first = read_instances(path)
+    assert read_instances(path) is first
+    path.write_text(json.dumps({**INSTANCES, "images": INSTANCES["images"][:1]}))
+    assert len(read_instances(path)["images"]) == 1

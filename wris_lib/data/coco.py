@@ -1,6 +1,7 @@
 """COCO's `instances.json`, the file beneath every RefCOCO dataset: images and the objects in them."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ COCO_NAMES = frozenset(name.replace("_", " ") for name in _NAMES.split())  # the
 
 
 def read_instances(path: Path) -> dict[str, dict[int, Entry]]:
-    """Read a COCO file.
+    """Read a COCO file. The one read last is kept, for a second split of the same dataset.
+
+    The tables are shared by all who read that file: do not change them.
 
     Returns:
         Its tables "images", "annotations" and "categories", each as a dict from id to entry.
@@ -33,6 +36,16 @@ def read_instances(path: Path) -> dict[str, dict[int, Entry]]:
     Raises:
         WrisError: the file is missing, damaged or in another format.
     """
+    try:
+        state = path.stat()
+    except FileNotFoundError as error:
+        raise WrisError(f"there is no {path}; download the dataset again.") from error
+    return _parse_instances(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)
+def _parse_instances(path: Path, changed: int, size: int) -> dict[str, dict[int, Entry]]:
+    """Time of change and size are there for the cache: a file that was written anew is read anew."""
     types = {
         "images": {"id": int, "file_name": str, "height": int, "width": int},
         "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list, "segmentation": object},
@@ -40,8 +53,6 @@ def read_instances(path: Path) -> dict[str, dict[int, Entry]]:
     }
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WrisError(f"there is no {path}; download the dataset again.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise WrisError(f"{path} cannot be read as JSON ({error}); download it again.") from error
     tables = {}

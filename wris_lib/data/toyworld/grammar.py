@@ -227,9 +227,14 @@ def describe(scene: Scene, index: int, kind: str, rng: np.random.Generator) -> P
     if not can_be_referent(scene.objects[index]):
         return None
     for phrase in _candidates(scene, index, kind, rng):
-        if phrase.kind == kind and referent(phrase, scene) == index:
+        if phrase.kind == kind and not _says_twice(phrase) and referent(phrase, scene) == index:
             return phrase
     return None
+
+
+def _says_twice(phrase: Phrase) -> bool:
+    """ "The blond girl with blond hair"."""
+    return "blond" in phrase.adjectives and ("hair", "blond") in phrase.parts
 
 
 def can_be_referent(thing: SceneObject) -> bool:
@@ -295,7 +300,7 @@ def _enriched(scene: Scene, phrase: Phrase, rng: np.random.Generator) -> Phrase:
     thing = scene.objects[referent(phrase, scene)]
     richer = [replace(phrase, parts=(part,)) for part in said_parts(thing) if not phrase.parts]
     richer += [replace(phrase, adjectives=(word,)) for word in adjectives(thing) if not phrase.adjectives]
-    richer = [other for other in richer if referent(other, scene) is not None]
+    richer = [other for other in richer if not _says_twice(other) and referent(other, scene) is not None]
     return _shuffled(richer, rng)[0] if richer else phrase
 
 
