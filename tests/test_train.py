@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from wris_lib import train
 from wris_lib.errors import WrisError
 from wris_lib.train import Recipe, fit
 
@@ -166,7 +167,68 @@ def test_diverged_loss_is_named(tmp_path):
         fit(make_model(), nan, batches, RECIPE, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"precision": "fp8"}, {"steps": 0}, {"checkpoint_every": 0}])
+def test_shares_are_one_larger_batch(tmp_path):
+    def whole(step):
+        shares = [batches(2 * step + i) for i in range(2)]
+        return {name: torch.cat([share[name] for share in shares]) for name in "xy"}
+
+    recipe = replace(RECIPE, shares=2)
+    cut, at_once = (nn.Sequential(nn.Linear(4, 1)) for _ in range(2))
+    cut.load_state_dict(at_once.state_dict())
+    log = fit(cut, loss, batches, recipe, tmp_path / "cut")
+    other = fit(at_once, loss, whole, RECIPE, tmp_path / "whole")
+    for a, b in zip(cut.parameters(), at_once.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in other])
+
+
+def unused_in_even_shares(model, batch, step):
+    return loss(model if batch["odd"] else model[:3], batch, step)
+
+
+def numbered(number):
+    return batches(number) | {"odd": number % 2}
+
+
+def test_two_processes_match_one(tmp_path):
+    one = make_model().append(nn.Linear(1, 1))  # of two processes one has no gradient for the last layer
+    initial = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    torch.save(initial, tmp_path / "initial.pt")
+    recipe = replace(RECIPE, shares=2)
+    log = fit(one, unused_in_even_shares, numbered, recipe, tmp_path / "one")
+
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_train import *
+model = make_model().append(nn.Linear(1, 1))
+model.load_state_dict(torch.load({str(tmp_path / "initial.pt")!r}, weights_only=True))
+fit(model, unused_in_even_shares, numbered, replace(RECIPE, shares=2), {str(tmp_path / "two")!r})
+""")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    for name, tensor in one.state_dict().items():
+        assert torch.allclose(tensor, two["model"][name], atol=1e-5), name
+        assert not torch.equal(tensor, initial[name]), name
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in two["log"]], rel=1e-4)
+
+
+def test_processes_that_cannot_divide_the_batch_evenly(tmp_path, monkeypatch):
+    class Three:
+        num_processes, process_index, is_main_process = 3, 0, True
+
+    monkeypatch.setattr(train, "PartialState", lambda cpu: Three)
+    with pytest.raises(WrisError, match="3 processes cannot divide a batch of 2 shares evenly; start 2 processes"):
+        fit(make_model(), loss, batches, replace(RECIPE, shares=2), tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"shares": 0}, {"precision": "fp8"}, {"steps": 0}, {"checkpoint_every": 0}])
 def test_impossible_recipe(change):
     with pytest.raises(WrisError):
         replace(RECIPE, **change)

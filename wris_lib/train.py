@@ -4,6 +4,10 @@ A training run is described by three pure things: a model, a `loss(model, batch,
 which gives the batch of a step as a function of the step alone. There is no data loader whose position could
 be lost, and torch's generator is seeded anew at every step. That is why a run which was killed and started
 again ends with exactly the weights of a run that was never interrupted.
+
+Several processes share a run when Hugging Face accelerate (or torchrun) starts them. A step's batch comes in
+`Recipe.shares` shares; one process computes them one after another, several divide them among themselves. The
+gradient is the mean over the shares either way.
 """
 
 import math
@@ -19,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -41,6 +47,7 @@ class Recipe:
         seed: of every random number drawn inside the loss. The initial weights are the caller's to seed.
         precision: "bf16" runs the loss under autocast, weights stay float32; "fp32" does not.
         checkpoint_every: steps between checkpoints, the most that a kill can cost.
+        shares: into how many shares the batch of a step is cut; as many processes can divide the work.
     """
 
     steps: int
@@ -50,12 +57,13 @@ class Recipe:
     seed: int = 0
     precision: str = "fp32"
     checkpoint_every: int = 500
+    shares: int = 1
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
             raise WrisError(f"precision is {self.precision!r}; expected 'bf16' or 'fp32'.")
-        if self.steps < 1 or self.checkpoint_every < 1:
-            raise WrisError("a recipe needs at least one step, and a checkpoint every one or more steps.")
+        if min(self.steps, self.checkpoint_every, self.shares) < 1:
+            raise WrisError("a recipe needs at least one step and one share, and a checkpoint every so many steps.")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -82,19 +90,28 @@ def fit(
     Args:
         model: parameters that do not require gradients stay frozen.
         loss: gives named scalar terms, of which "loss" is minimised and the others are only logged.
-        batches: the batch of a step, counted from 0, as a pure function of the step. Tensors in it, also
-            inside dicts, lists and tuples, are moved to `device`.
+        batches: the share of a batch with a given number, as a pure function of that number: share i of step s
+            has the number s · recipe.shares + i, so with one share it is the step, counted from 0. Tensors in it,
+            also inside dicts, lists and tuples, are moved to `device`.
         recipe: how to train.
-        folder: where `checkpoint.pt` is written.
+        folder: where `checkpoint.pt` is written, by the main process.
         device: where to train.
 
     Returns:
-        One dict a step: "step", "seconds" and the loss's terms.
+        One dict a step: "step", "seconds" and the loss's terms, as means over the shares.
 
     Raises:
-        WrisError: the checkpoint is damaged or of another recipe or model; the loss is no longer finite.
+        WrisError: the checkpoint is damaged or of another recipe or model; the loss is no longer finite; the
+            processes cannot divide the shares evenly.
     """
     device = torch.device(device)
+    processes = PartialState(cpu=device.type == "cpu")
+    if recipe.shares % processes.num_processes:
+        raise WrisError(
+            f"{processes.num_processes} processes cannot divide a batch of {recipe.shares} shares evenly; start "
+            f"{recipe.shares} processes, or a number that divides it."
+        )
+    own_shares = range(processes.process_index, recipe.shares, processes.num_processes)
     path = Path(folder) / "checkpoint.pt"
     model.to(device).train()
     optimizer = torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate)
@@ -110,7 +127,14 @@ def fit(
         with atomic_write(path) as file:
             torch.save(content, file)
 
-    bar = tqdm(range(len(log), recipe.steps), initial=len(log), total=recipe.steps, unit="step", mininterval=1.0)
+    bar = tqdm(
+        range(len(log), recipe.steps),
+        initial=len(log),
+        total=recipe.steps,
+        unit="step",
+        mininterval=1.0,
+        disable=not processes.is_main_process,
+    )
     with (
         bar,
         _held_interrupt() as interrupted,
@@ -118,30 +142,50 @@ def fit(
     ):
         for step in bar:
             start = time.perf_counter()
-            torch.manual_seed(recipe.seed * 1_000_003 + step)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
-            batch = _move(batches(step), device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                terms = loss(model, batch, step)
-            values = {name: term.item() for name, term in terms.items()}
+            optimizer.zero_grad(set_to_none=True)
+            values: dict[str, float] = {}
+            for number in (step * recipe.shares + share for share in own_shares):
+                torch.manual_seed(recipe.seed * 1_000_003 + number)
+                batch = _move(batches(number), device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                    terms = loss(model, batch, step)
+                (terms["loss"] / recipe.shares).backward()
+                for name, term in terms.items():
+                    values[name] = values.get(name, 0.0) + term.item() / recipe.shares
+            stop = interrupted.is_set()
+            if processes.num_processes > 1:
+                values, stop = _synchronise(model, values, stop)
             if not math.isfinite(values["loss"]):
                 raise WrisError(
                     f"the loss became {values['loss']} at step {step}; train slower or in fp32. "
                     f"The last good state is in {path}."
                 )
-            optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
             nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
             optimizer.step()
             log.append({"step": step, "seconds": time.perf_counter() - start, **values})
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             last = step + 1 == recipe.steps
-            if last or interrupted.is_set() or (step + 1) % recipe.checkpoint_every == 0:
+            if processes.is_main_process and (last or stop or (step + 1) % recipe.checkpoint_every == 0):
                 save()
-            if interrupted.is_set() and not last:
+            if stop and not last:
                 raise KeyboardInterrupt(f"stopped after step {step}; run the same command again to continue.")
+    processes.wait_for_everyone()
     return log
+
+
+def _synchronise(model: nn.Module, values: dict[str, float], stop: bool) -> tuple[dict[str, float], bool]:
+    """Sum gradients and logged values over the processes, in one message; any of them can ask for a stop."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    numbers = torch.tensor([*values.values(), float(stop)], device=gradients[0].device)
+    summed = reduce(torch.cat([*(g.flatten() for g in gradients), numbers]), reduction="sum")
+    *flat, numbers = summed.split([*(p.numel() for p in trained), len(numbers)])
+    for parameter, gradient in zip(trained, flat, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    *sums, stops = numbers.tolist()
+    return dict(zip(values, sums, strict=True)), stops > 0
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
