@@ -1,0 +1,419 @@
+"""PPT's point generator: it reads frozen CLIP, and says where SAM should be asked.
+
+    image  --CLIP--> V_1, V_2, V_3 ─┐
+                                    ├─ fusion ─ K queries ─ PointHead ─> M points (x, y, r) ──SAM──> K masks
+    expression  --CLIP-->  words T ─┘                     └ ScoreHead ─> c: which of the K is meant
+
+A query stands for one thing in the image. Each of the N = 3 stages lets image and words look at each other (`Fusion`),
+and then lets the queries look at both (`Stage`). Only this generator is trained; CLIP and SAM stay frozen.
+
+Source: Dai and Yang, "Curriculum Point Prompting for Weakly-Supervised Referring Image Segmentation", CVPR 2024.
+Its fusion is that of ETRIS (Xu et al., ICCV 2023). The paper leaves widths, K and M open: `GeneratorConfig`.
+
+Several expressions are about the same image. What does not depend on the words is therefore computed for B images,
+and only the rest for E expressions; `image[e]` says which image expression e is about.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from wris_lib.backbones.sam import SamMasks, Segmenter, decode_prompts
+from wris_lib.errors import WrisError
+
+Projected = tuple[Float[Tensor, "B n f"], Float[Tensor, "E l f"]]
+POSITION_CHANNELS = 64  # that tell a token, or an anchor, where in the image it is
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Sizes of a `PointGenerator`.
+
+    Args:
+        visual_channels: of the visual stages; their number is N.
+        word_channels: of the word features.
+        queries: K. A square number when they are anchored.
+        points: M of every query.
+        anchored: queries start on a grid over the image, learn offsets from there, and are told what CLIP sees at
+            their place; the sentence scales and shifts their channels (FiLM, Perez et al. 2018). False: the paper's
+            queries, free vectors that know of a place only what training put into them.
+        fuse_vision: words change what queries see of the image, as in the paper. False: the image changes the words
+            only; then expressions of an image share its keys and values, and training is about 3 times as fast.
+        fusion_width: channels inside `Fusion`; 64 in the paper.
+        fusion_heads: attention heads inside `Fusion`; 8 in the paper.
+        width: channels of a query.
+        heads: attention heads of a query.
+        feedforward: hidden channels of the queries' feed-forward layers.
+
+    Raises:
+        WrisError: the sizes do not go together.
+    """
+
+    visual_channels: tuple[int, ...]
+    word_channels: int
+    queries: int = 16
+    points: int = 4
+    anchored: bool = True
+    fuse_vision: bool = False
+    fusion_width: int = 64
+    fusion_heads: int = 8
+    width: int = 128
+    heads: int = 4
+    feedforward: int = 256
+
+    def __post_init__(self) -> None:
+        if self.anchored and math.isqrt(self.queries) ** 2 != self.queries:
+            raise WrisError(f"{self.queries} anchored queries do not fill a square grid; choose 4, 9, 16, 25, ….")
+        if self.width % self.heads or self.fusion_width % self.fusion_heads:
+            raise WrisError(
+                f"widths must be multiples of their heads: {self.width} of {self.heads},"
+                f" {self.fusion_width} of {self.fusion_heads}."
+            )
+
+
+@dataclass(frozen=True)
+class PointPrompts:
+    """What the generator proposes to ask SAM, K prompts of M points for each of E expressions.
+
+    Attributes:
+        points: (x, y) as shares of the image's width and height, 0..1.
+        label_logits: above 0 the point is positive ("on it"); the sigmoid is the paper's r.
+        score_logits: how sure the generator is that this prompt is about the referent; the sigmoid is the paper's c.
+    """
+
+    points: Float[Tensor, "E K M 2"]
+    label_logits: Float[Tensor, "E K M"]
+    score_logits: Float[Tensor, "E K"]
+
+
+class Groups:
+    """Expressions gathered by image, so that all of an image's queries attend to its keys and values at once.
+
+    Args:
+        image: which image each expression is about, in any order.
+        images: B.
+    """
+
+    def __init__(self, image: Int[Tensor, "E"], images: int) -> None:
+        member = F.one_hot(image, images)
+        self.image = image
+        self.slot = (member.cumsum(dim=0) * member).sum(dim=1) - 1  # which of its image's expressions it is
+        self.shape = (images, int(member.sum(dim=0).max()))
+
+    def pack(self, x: Float[Tensor, "E n d"]) -> Float[Tensor, "B gn d"]:
+        """Expressions of an image one behind the other; where an image has fewer than others, zeros."""
+        return x.new_zeros(*self.shape, *x.shape[1:]).index_put((self.image, self.slot), x).flatten(1, 2)
+
+    def unpack(self, x: Float[Tensor, "B gn d"]) -> Float[Tensor, "E n d"]:
+        """The inverse."""
+        return x.unflatten(1, (self.shape[1], -1))[self.image, self.slot]
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose memory is projected by the caller: once, however often it is attended to."""
+
+    def __init__(self, width: int, memory_channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.memory = nn.Linear(memory_channels, 2 * width)  # keys, values
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "b q d"],
+        keys_values: Float[Tensor, "b n dd"],
+        mask: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b q d"]:
+        """Attend to what `memory` made; where `mask` is False nothing is seen."""
+        split = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # b heads q d/heads
+        keys, values = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        visible = None if mask is None else mask[:, None, None]
+        mixed = F.scaled_dot_product_attention(split, keys, values, attn_mask=visible)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Fusion(nn.Module):
+    """Image and words of one stage: each is projected, multiplied by what it sees of the other, and projected back.
+
+        v = proj(V),  t = proj(T);   from stage 2 on  v = LN(v + v of the stage before),  t likewise
+        V' = V + back(v ⊙ attention(v, t, t)),   T' = T + back(t ⊙ attention(t, v, v))
+
+    ETRIS adds V' and T' to CLIP's own tokens, so that its next block sees them. PPT's CLIP is frozen and computed
+    beforehand: here they go to the queries only.
+    """
+
+    def __init__(self, config: GeneratorConfig, channels: int, first: bool) -> None:
+        super().__init__()
+        width, heads = config.fusion_width, config.fusion_heads
+        self.first, self.fuse_vision = first, config.fuse_vision
+        self.visual_in, self.words_in = nn.Linear(channels, width), nn.Linear(config.word_channels, width)
+        self.words_attention, self.words_out = Attention(width, width, heads), nn.Linear(width, config.word_channels)
+        if self.fuse_vision:
+            self.visual_attention, self.visual_out = Attention(width, width, heads), nn.Linear(width, channels)
+        if not first:
+            self.visual_norm, self.words_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(
+        self,
+        visual: Float[Tensor, "B n c"],
+        words: Float[Tensor, "E l t"],
+        mask: Bool[Tensor, "E l"],
+        groups: Groups,
+        earlier: Projected | None,
+    ) -> tuple[Float[Tensor, "E n f"] | None, Float[Tensor, "E l t"], Projected]:
+        """Fuse one stage.
+
+        Args:
+            visual: V.
+            words: T.
+            mask: True at words, False at padding.
+            groups: whose words belong to which image.
+            earlier: (v, t) of the stage before; None in the first.
+
+        Returns:
+            v ⊙ attention(v, t, t), to be projected by `visual_out` (None without `fuse_vision`); T'; and (v, t).
+        """
+        v, t = self.visual_in(visual), self.words_in(words)
+        if not self.first:
+            v, t = self.visual_norm(v + earlier[0]), self.words_norm(t + earlier[1])
+        seen = groups.unpack(self.words_attention(groups.pack(t), self.words_attention.memory(v)))
+        fused_words = words + self.words_out(t * seen)
+        if not self.fuse_vision:
+            return None, fused_words, (v, t)
+        own = v.index_select(0, groups.image)
+        return own * self.visual_attention(own, self.visual_attention.memory(t), mask), fused_words, (v, t)
+
+
+class Stage(nn.Module):
+    """Fusion, and one step of the queries: Q ← CrossAttn(CrossAttn(Q, V'), T'), then a feed-forward layer.
+
+    As in DETR (Carion et al. 2020) each has a residual and a layer norm behind it. Unlike there, and as the paper
+    writes it, queries do not see one another.
+    """
+
+    def __init__(self, config: GeneratorConfig, channels: int, first: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.anchored = config.anchored
+        self.fusion = Fusion(config, channels, first)
+        self.look = Attention(width, channels, config.heads)
+        self.read = Attention(width, config.word_channels, config.heads)
+        self.feedforward = _mlp(width, config.feedforward, width)
+        self.look_norm, self.read_norm, self.feedforward_norm = (nn.LayerNorm(width) for _ in range(3))
+        if self.anchored:
+            self.local = nn.Linear(channels, width)
+            self.film = nn.Linear(config.word_channels, 2 * width)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "E K d"],
+        visual: Float[Tensor, "B n c"],
+        local: Float[Tensor, "B K c"] | None,
+        words: Float[Tensor, "E l t"],
+        mask: Bool[Tensor, "E l"],
+        groups: Groups,
+        earlier: Projected | None,
+    ) -> tuple[Float[Tensor, "E K d"], Projected]:
+        """One step.
+
+        Args:
+            queries: Q.
+            visual: V.
+            local: V at the anchors; None when there are none.
+            words: T.
+            mask: True at words, False at padding.
+            groups: which queries belong to which image.
+            earlier: what `Fusion` wants of the stage before.
+
+        Returns:
+            The next Q, and what `Fusion` wants at the next stage.
+        """
+        change, words, earlier = self.fusion(visual, words, mask, groups, earlier)
+        if self.anchored:
+            queries = queries + self.local(local).index_select(0, groups.image)
+        queries = self.look_norm(queries + self._look(queries, visual, change, groups))
+        if self.anchored:
+            # CLIP's last token has read the whole sentence.
+            last = mask.int().cumsum(dim=1).argmax(dim=1)
+            sentence = words[torch.arange(len(words), device=words.device), last]
+            scale, shift = self.film(sentence)[:, None].chunk(2, dim=-1)
+            queries = queries * (1 + scale) + shift
+        queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
+        return self.feedforward_norm(queries + self.feedforward(queries)), earlier
+
+    def _look(
+        self,
+        queries: Float[Tensor, "E K d"],
+        visual: Float[Tensor, "B n c"],
+        change: Float[Tensor, "E n f"] | None,
+        groups: Groups,
+    ) -> Float[Tensor, "E K d"]:
+        """Attention of the queries to V' = V + visual_out(change)."""
+        keys_values = self.look.memory(visual)
+        if change is None:
+            return groups.unpack(self.look(groups.pack(queries), keys_values))
+        # A linear map of a linear map is one linear map. So V', with its many channels an expression, is never built.
+        back, memory = self.fusion.visual_out, self.look.memory
+        change = F.linear(change, memory.weight @ back.weight, memory.weight @ back.bias)
+        return self.look(queries, keys_values.index_select(0, groups.image) + change)
+
+
+class PointGenerator(nn.Module):
+    """f(I, T) → K prompts of M points each, and a score for every prompt.
+
+    CLIP's blocks differ in scale by an order of magnitude, so every visual token is normalised to mean 0 and variance
+    1; and it gets channels that say where it is, without which "left" could not be learned. Nothing before the first
+    projection is trained, so that no gradient has to be computed for visual tokens.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.stages = nn.ModuleList(
+            Stage(config, channels + POSITION_CHANNELS, first=stage == 0)
+            for stage, channels in enumerate(config.visual_channels)
+        )
+        if config.anchored:
+            side = math.isqrt(config.queries)
+            self.register_buffer("anchors", cell_centres(side, side), persistent=False)
+            self.embed_anchors = _mlp(POSITION_CHANNELS, width, width)
+        else:
+            self.queries = nn.Parameter(torch.randn(config.queries, width))
+        self.point_head = _mlp(width, width, width, 3 * config.points)
+        self.score_head = _mlp(width, width, 1)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained; all are, CLIP and SAM being no part of this module."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        visual: Sequence[Float[Tensor, "B _ h w"]],
+        words: Float[Tensor, "E l t"],
+        mask: Bool[Tensor, "E l"],
+        image: Int[Tensor, "E"],
+    ) -> PointPrompts:
+        """Prompts for E expressions about B images.
+
+        Args:
+            visual: N feature maps of the images, from early to late; each may have a scale of its own.
+            words: of the expressions.
+            mask: True at words, False at padding. The last word stands for the sentence.
+            image: for each expression which image it is about, 0..B-1.
+        """
+        groups = Groups(image, len(visual[0]))
+        earlier, local = None, None
+        start = self.embed_anchors(encode_positions(self.anchors)) if self.config.anchored else self.queries
+        queries = start.expand(len(words), -1, -1)
+        for features, stage in zip(visual, self.stages, strict=True):
+            tokens = visual_tokens(features)
+            if self.config.anchored:
+                local = sample_at(tokens.transpose(1, 2).unflatten(2, features.shape[-2:]), self.anchors)
+            queries, earlier = stage(queries, tokens, local, words, mask, groups, earlier)
+        # Half precision, where a caller trains in it, would round a place to a 256th of the image.
+        raw = self.point_head(queries).unflatten(-1, (-1, 3)).float()
+        places = raw[..., :2]
+        if self.config.anchored:
+            places = places + self.anchors.logit()[:, None]
+        return PointPrompts(places.sigmoid(), raw[..., 2], self.score_head(queries)[..., 0].float())
+
+
+# The paper counts 20.7 million trainable parameters; these are 20.4. It gives N, and d = 64 and 8 heads of the fusion.
+# The other sizes are guesses: K and M, queries as wide as CLIP's visual tokens, a feed-forward layer of 1024.
+PAPER = GeneratorConfig(
+    visual_channels=(768, 768, 768),
+    word_channels=512,
+    anchored=False,
+    fuse_vision=True,
+    width=768,
+    heads=8,
+    feedforward=1024,
+)
+
+
+def visual_tokens(features: Float[Tensor, "B c h w"]) -> Float[Tensor, "B n cp"]:
+    """A feature map as h·w tokens, row by row: normalised, and followed by the channels of their positions."""
+    tokens = features.flatten(2).transpose(1, 2)
+    positions = encode_positions(cell_centres(*features.shape[-2:]).to(tokens))
+    return torch.cat([F.layer_norm(tokens, tokens.shape[-1:]), positions.expand(len(tokens), -1, -1)], dim=-1)
+
+
+def cell_centres(rows: int, columns: int) -> Float[Tensor, "n 2"]:
+    """Centres of a grid's cells, row by row, as (x, y) in 0..1."""
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+def encode_positions(points: Float[Tensor, "n 2"]) -> Float[Tensor, "n p"]:
+    """Sines and cosines of (x, y) in 0..1, from half a wave to 16 waves across the image."""
+    waves = math.pi * 2 ** torch.linspace(0, 5, POSITION_CHANNELS // 4, device=points.device)
+    angles = (points[..., None] * waves).flatten(1)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def sample_at(maps: Float[Tensor, "B c h w"], points: Float[Tensor, "n 2"]) -> Float[Tensor, "B n c"]:
+    """The values of maps at points (x, y) in 0..1, bilinear between the cells' centres, constant at the border."""
+    places = (2 * points - 1).expand(len(maps), 1, -1, -1)
+    return F.grid_sample(maps, places, padding_mode="border", align_corners=False)[:, :, 0].transpose(1, 2)
+
+
+def prompt_sam(
+    segmenter: Segmenter,
+    embeddings: Float[Tensor, "#P c h w"],
+    points: Float[Tensor, "P M 2"],
+    label_logits: Float[Tensor, "P M"],
+    extents: Float[Tensor, "#P 2"],
+    blend: bool = False,
+) -> SamMasks:
+    """Masks of P prompts, decoded in one batch. SAM is frozen; gradients reach the points.
+
+    A prompt is one query of one expression: for all K of E expressions, hand over flattened E·K rows.
+
+    Args:
+        segmenter: SAM.
+        embeddings: of the image of each prompt, or a single one of all.
+        points: (x, y) as shares of the image's width and height, 0..1.
+        label_logits: above 0 the point is positive.
+        extents: (width, height) of the image as shares of SAM's square input, padding being the rest: (1, 1) for a
+            square image, `input_size` over `img_size` in general. One of each prompt, or a single one of all.
+        blend: SAM has one embedding for positive points and one for negative ones. False: r > 0.5 chooses, and the
+            choice has no gradient, so that labels are trained by their own loss only. True: they are mixed,
+            r · positive + (1 − r) · negative, and gradients of the mask reach the labels too.
+
+    Returns:
+        Logits and predicted IoU of all four mask tokens. Number 0 is meant for prompts of several points.
+    """
+    sam = segmenter.sam
+    pixels = points * extents[:, None] * sam.image_encoder.img_size
+    labels = (label_logits > 0).long()
+    if not blend:
+        return SamMasks(*decode_prompts(sam, embeddings, pixels, labels, None))
+    with torch.autocast(embeddings.device.type, enabled=False):
+        sparse, dense = sam.prompt_encoder(points=(pixels, labels), boxes=None, masks=None)
+        negative, positive = (sam.prompt_encoder.point_embeddings[label].weight for label in (0, 1))
+        # The encoder has added the chosen embedding; the rest of the way to the mixture is (r - label) of a difference.
+        mixed = (label_logits.sigmoid() - labels)[..., None] * (positive - negative)
+        sparse = sparse + F.pad(mixed, (0, 0, 0, 1))  # behind the points stands upstream's padding point
+        image_positions = sam.prompt_encoder.get_dense_pe()
+    logits, iou = sam.mask_decoder.predict_masks(
+        image_embeddings=torch.zeros_like(embeddings[:1]),  # handed over with the dense prompt, as in decode_prompts
+        image_pe=image_positions,
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=embeddings + dense,
+    )
+    return SamMasks(logits, iou)
+
+
+def _mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between them."""
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
