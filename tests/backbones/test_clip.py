@@ -171,6 +171,18 @@ def test_patch_features_are_the_blocks_outputs(clip):
     torch.testing.assert_close(found[1].flatten(2), outputs[0][:, 1:].transpose(1, 2))
 
 
+def test_surgery_is_a_stage_of_the_same_pass(clip):
+    batch, calls = images(), []
+    block = clip.model.visual.transformer.resblocks[0]
+    hook = block.register_forward_hook(lambda *_: calls.append(1))
+    second, surgery, fourth = clip.patch_features(batch, (2, "surgery", 4))
+    hook.remove()
+    assert len(calls) == 1
+    assert torch.equal(surgery, clip._encode(batch)[2].permute(0, 3, 1, 2))
+    for number, found in ((2, second), (4, fourth)):
+        assert torch.equal(found, clip.patch_features(batch, (number,))[0])
+
+
 def test_default_stages_are_thirds(tokenizer):
     clip = Clip(tiny_model(layers=12), tokenizer, dense_size=32, device="cpu")
     assert clip.stages == (4, 8, 12)
@@ -178,7 +190,7 @@ def test_default_stages_are_thirds(tokenizer):
     assert len(clip.patch_features(images())) == 3
 
 
-@pytest.mark.parametrize("stages", [(0,), (5,), (1, 9)])
+@pytest.mark.parametrize("stages", [(0,), (5,), (1, 9), ("surgery", "plain")])
 def test_stage_that_does_not_exist(clip, stages):
     with pytest.raises(WrisError, match="this CLIP has blocks 1 to 4"):
         clip.patch_features(images(), stages)

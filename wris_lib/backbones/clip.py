@@ -145,25 +145,26 @@ class Clip:
         return self._encode(images)[0]
 
     def patch_features(
-        self, images: Float[Tensor, "B 3 H W"], stages: Sequence[int] | None = None
-    ) -> list[Float[Tensor, "B C h w"]]:
-        """Patch tokens after the blocks `stages`, counted from 1; None: `self.stages`. Neither projected nor
-        normalised.
+        self, images: Float[Tensor, "B 3 H W"], stages: Sequence[int | str] | None = None
+    ) -> list[Float[Tensor, "B _ h w"]]:
+        """What the model makes of each patch, at several stages of one forward pass.
+
+        Args:
+            images: of `preprocess`.
+            stages: a number stands for the patch tokens after that block, counted from 1, neither projected nor
+                normalised; "surgery" for unit vectors at the end of Surgery's path. None: `self.stages`.
 
         Raises:
             WrisError: the model has no such block; the images' sides are not multiples of the patch size.
         """
         stages = tuple(stages) if stages is not None else self.stages
-        blocks = self.model.visual.transformer.resblocks
-        if not all(1 <= stage <= len(blocks) for stage in stages):
-            raise WrisError(f"stages {stages} were asked for, but this CLIP has blocks 1 to {len(blocks)}.")
-        h, w = self._grid(images)
-        x, found = self._embed(images), {}
-        for number, block in enumerate(blocks, start=1):
-            x = block(x)
-            if number in stages:
-                found[number] = x[:, 1:].transpose(1, 2).unflatten(2, (h, w))
-        return [found[stage] for stage in stages]
+        blocks = len(self.model.visual.transformer.resblocks)
+        if not {*stages} <= {"surgery", *range(1, blocks + 1)}:
+            raise WrisError(f"stages {stages} were asked for, but this CLIP has blocks 1 to {blocks}, and 'surgery'.")
+        grid = self._grid(images)
+        tokens = self._tokens(images, stages)
+        features = (self._project(tokens[stage]) if stage == "surgery" else tokens[stage] for stage in stages)
+        return [feature[:, 1:].transpose(1, 2).unflatten(2, grid) for feature in features]
 
     def word_features(self, expressions: Sequence[str]) -> tuple[Float[Tensor, "B L C"], Bool[Tensor, "B L"]]:
         """Features of every token after the final layer norm, start and end of text included.
@@ -263,21 +264,31 @@ class Clip:
         positions = _resize_positions(visual.positional_embedding, visual.grid_size, grid)
         return visual.ln_pre(torch.cat([first, patches], dim=1) + positions)
 
+    def _tokens(
+        self, images: Float[Tensor, "B 3 H W"], stages: Sequence[int | str]
+    ) -> dict[int | str, Float[Tensor, "B N C"]]:
+        """Class token and patches after blocks, counted from 1, and at the end of Surgery's path ("surgery")."""
+        own, found = self._embed(images), {}
+        for number, block in enumerate(self.model.visual.transformer.resblocks, start=1):
+            if "surgery" in stages and number >= self.surgery_from:
+                found["surgery"] = found.get("surgery", own) + _value_attention(block, block.ln_1(own))
+            own = block(own)
+            if number in stages:
+                found[number] = own
+        return found
+
+    def _project(self, tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
+        """To unit vectors in the space of `text_features`."""
+        visual = self.model.visual
+        return F.normalize(visual.ln_post(tokens) @ visual.proj, dim=-1)
+
     def _encode(
         self, images: Float[Tensor, "B 3 H W"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B h w D"], Float[Tensor, "B h w D"]]:
         """Unit features of images, of patches along the model's own path, and of patches along Surgery's."""
-        visual = self.model.visual
-        blocks = visual.transformer.resblocks
-        grid = self._grid(images)
-        own = self._embed(images)
-        for block in blocks[: self.surgery_from - 1]:
-            own = block(own)
-        second = own
-        for block in blocks[self.surgery_from - 1 :]:
-            second = second + _value_attention(block, block.ln_1(own))
-            own = block(own)
-        own, second = (F.normalize(visual.ln_post(x) @ visual.proj, dim=-1) for x in (own, second))
+        grid, last = self._grid(images), len(self.model.visual.transformer.resblocks)
+        tokens = self._tokens(images, (last, "surgery"))
+        own, second = self._project(tokens[last]), self._project(tokens["surgery"])
         return own[:, 0], own[:, 1:].unflatten(1, grid), second[:, 1:].unflatten(1, grid)
 
 
