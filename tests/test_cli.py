@@ -122,7 +122,7 @@ def test_benchmark(flags: list[str], expected: tuple, monkeypatch: pytest.Monkey
     assert "mIoU" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", ["clip", "sam"])
+@pytest.mark.parametrize("model", ["clip", "sam", "parser"])
 def test_pretrain(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(f"wris_lib.pretrain.{model}.main", trained := Recorder())
     assert main(["pretrain", model]) == 0

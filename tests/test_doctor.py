@@ -156,11 +156,11 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_toy_weights_are_compared_with_their_hashes(weights: Path):
-    assert [finding.level for finding in doctor.check_toy_weights()] == ["OK", "OK"]
+    assert [finding.level for finding in doctor.check_toy_weights()] == ["OK", "OK", "OK"]
     (weights / "clip.safetensors").write_bytes(b"something else")
-    (weights / "sam.safetensors").unlink()
-    damaged, missing = doctor.check_toy_weights()
-    assert damaged.level == missing.level == "FAIL"
+    (weights / "parser.msgpack").unlink()
+    damaged, untouched, missing = doctor.check_toy_weights()
+    assert damaged.level == missing.level == "FAIL" and untouched.level == "OK"
     assert "damaged" in damaged.text and "missing" in missing.text
     assert damaged.mend == missing.mend == "git checkout -- wris_lib/weights"
 
@@ -235,9 +235,14 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_paper_stack(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoints, "paper_status", lambda: {"a.pt": "ready", "b.pth": "missing"})
-    ready, missing = doctor.check_paper_stack()
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    ready, missing, parser = doctor.check_paper_stack()
     assert ready == Finding("OK", "paper stack a.pt", "ready")
     assert missing.level == "WARN" and missing.mend == "python -m wris_lib fetch paper"
+    assert parser.level == "WARN" and parser.subject == "paper stack en_core_web_sm"
+    assert parser.mend == "python -m spacy download en_core_web_sm"
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name == "en_core_web_sm")
+    assert list(doctor.check_paper_stack())[-1] == Finding("OK", "paper stack en_core_web_sm", "ready")
 
 
 def test_a_check_that_breaks_is_a_finding():

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 
 from wris_lib.errors import WrisError
 
@@ -78,9 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     measured.add_argument("--stack", help=STACK_HELP)
 
     trained = add(pretrain, "train a toy model from scratch")
-    trained.add_argument("model", choices=["clip", "sam"])
+    trained.add_argument("model", choices=["clip", "sam", "parser"])
     trained.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
-    trained.add_argument("--folder", type=Path, metavar="FOLDER", help="where the checkpoint is kept (in the cache)")
+    trained.add_argument("--folder", type=Path, metavar="FOLDER", help="for checkpoints and trials (in the cache)")
 
     made = add(toyworld, "make the toy datasets")
     made.add_argument(
@@ -127,11 +128,9 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def pretrain(options: argparse.Namespace) -> None:
-    """Train the toy CLIP or the toy SAM from scratch. A run that was stopped goes on at its last checkpoint."""
-    if options.model == "clip":
-        from wris_lib.pretrain.clip import main
-    else:
-        from wris_lib.pretrain.sam import main
+    """Train a toy model from scratch. CLIP and SAM go on at their last checkpoint when a run was stopped; the parser is
+    trained in minutes."""
+    main = resolve_name(f"wris_lib.pretrain.{options.model}:main")
     given = {"steps": options.steps, "folder": options.folder}
     main(**{name: value for name, value in given.items() if value is not None})
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -217,13 +218,16 @@ def check_cache() -> Iterator[Finding]:
 
 
 def check_paper_stack() -> Iterator[Finding]:
-    from wris_lib.backbones.checkpoints import FETCH, paper_status
+    from wris_lib.backbones.checkpoints import FETCH, STACKS, paper_status, spacy_download
 
-    for file, status in paper_status().items():
+    parser = STACKS["paper"].parser
+    needed = {file: (status, FETCH) for file, status in paper_status().items()}
+    needed[parser] = ("ready" if find_spec(parser) else "missing", spacy_download(parser))
+    for name, (status, mend) in needed.items():
         if status == "ready":
-            yield Finding("OK", f"paper stack {file}", "ready")
+            yield Finding("OK", f"paper stack {name}", "ready")
         else:
-            yield Finding("WARN", f"paper stack {file}", f"{status}, but the toy stack does without", FETCH)
+            yield Finding("WARN", f"paper stack {name}", f"{status}, but the toy stack does without", mend)
 
 
 CHECKS: dict[str, Check] = {

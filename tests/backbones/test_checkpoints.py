@@ -21,7 +21,7 @@ from torch import nn
 
 from wris_lib import files
 from wris_lib.backbones import checkpoints, download
-from wris_lib.backbones.checkpoints import STACKS, Checkpoint, Stack, fetch_paper, get_stack, paper_status
+from wris_lib.backbones.checkpoints import STACKS, Checkpoint, fetch_paper, get_stack, paper_status
 from wris_lib.backbones.download import DownloadError
 from wris_lib.backbones.loading import load_state, load_weights
 from wris_lib.errors import WrisError
@@ -237,8 +237,8 @@ def paper(server: Server, dead_url: str, tmp_path: Path, monkeypatch) -> Path:
     """
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
     stack = STACKS["paper"]
-    here = Stack(
-        "paper",
+    here = replace(
+        stack,
         clip=replace(stack.clip, sha256=DIGEST, urls=(server.url,)),
         sam=replace(stack.sam, sha256=DIGEST, urls=(dead_url, server.url)),
     )
@@ -322,6 +322,12 @@ def test_what_has_not_been_fetched_is_said_so(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
     with pytest.raises(WrisError, match=r"ViT-B-16\.pt is missing; fetch it with `python -m wris_lib fetch paper`"):
         checkpoints.checkpoint_path(STACKS["paper"].clip)
+
+
+def test_files_of_a_stack_are_all_its_parts_but_packages() -> None:
+    toy, paper = STACKS["toy"], STACKS["paper"]
+    assert toy.checkpoints == (toy.clip, toy.sam, toy.parser)
+    assert paper.checkpoints == (paper.clip, paper.sam) and paper.parser == "en_core_web_sm"
 
 
 def test_every_downloaded_file_has_a_hash_a_size_a_licence_and_two_sources() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
-from wris_lib.backbones.checkpoints import STACKS, Stack, checkpoint_path
+from wris_lib.backbones.checkpoints import STACKS, checkpoint_path
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.loading import load_weights
 from wris_lib.backbones.sam import SamImage, Segmenter, load_sam
@@ -97,8 +97,8 @@ def reference(tmp_path_factory) -> Iterator[Reference]:
     torch.save(noise(shapes), sam_file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WRIS_CACHE", str(cache))
-        here = Stack(
-            "paper",
+        here = replace(
+            stack,
             clip=replace(stack.clip, sha256=sha256(clip_file)),
             sam=replace(stack.sam, sha256=sha256(sam_file)),
         )

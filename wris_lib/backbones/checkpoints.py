@@ -53,10 +53,12 @@ class Stack:
     name: str
     clip: ClipCheckpoint
     sam: SamCheckpoint
+    parser: Checkpoint | str  # a str names a spaCy pipeline, which comes as a package: see `spacy_download`
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        return (self.clip, self.sam)
+        """The stack's files of weights."""
+        return tuple(part for part in (self.clip, self.sam, self.parser) if isinstance(part, Checkpoint))
 
 
 STACKS = {
@@ -67,6 +69,7 @@ STACKS = {
             # Six blocks are too few to spend three before Surgery begins: measured on ToyRef train.
             clip=ClipCheckpoint(model_name="wris-toy", file="clip.safetensors", dense_size=256, surgery_from=2),
             sam=SamCheckpoint(model_type="wris_toy", file="sam.safetensors"),
+            parser=Checkpoint(file="parser.msgpack"),
         ),
         Stack(
             "paper",
@@ -97,6 +100,7 @@ STACKS = {
                 megabytes=375,
                 licence="Apache-2.0",
             ),
+            parser="en_core_web_sm",
         ),
     )
 }
@@ -117,6 +121,11 @@ def get_stack(name: str | None = None) -> Stack:
     if name not in STACKS:
         raise WrisError(f"there is no stack {name!r}; choose one of: {', '.join(STACKS)}.")
     return STACKS[name]
+
+
+def spacy_download(package: str) -> str:
+    """The command that installs a spaCy pipeline, in the version that fits the installed spaCy."""
+    return f"python -m spacy download {package}"
 
 
 def checkpoint_path(checkpoint: Checkpoint) -> Path:
