@@ -2,8 +2,8 @@
 
 What makes the real SAM ambiguous is its data: a click on a shirt was answered by the shirt in one annotation and by
 the person in another. The same is done here. The point is drawn first, and only then whether part or whole is its
-answer: one point on a part asks for the part more often than not, several points still do in most cases. Points on
-different parts can only mean the whole.
+answer: one point on a part asks for the part more often than not, several points in about every second case. Points
+on different parts can only mean the whole.
 
 A point on the background is answered by the whole background, as regions of sky and wall are masks in SAM's own data.
 """
@@ -11,13 +11,18 @@ A point on the background is answered by the whole background, as regions of sky
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Integer, UInt8
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 SMALLEST_OBJECT = 150  # pixels: what shows less than this is not asked for
 LARGEST_PART = 0.8  # of the object: a larger part is the object
-PART_AT_POINT = 0.8  # how often a part is the answer to one point, wherever there is a part to answer with
-PART_AT_POINTS = 0.6  # ... to several
-PART_IN_BOX = 0.3
+# How often a part is the answer, wherever there is a part to answer with: to one point, to several, to a box.
+PART_SHARES = {"point": 0.75, "points": 0.4, "box": 0.3}
+# The same in the second half of training. A part is worth answering with only when it is cut well, and that is learnt
+# late: without these the whole stays the safer answer to nearly every point.
+LATE_PART_SHARES = {"point": 0.85, "points": 0.5, "box": 0.3}
 BACKGROUND_POINT = 0.08
 MOST_POINTS = 5  # positive ones, and as many negative ones
 
@@ -74,27 +79,27 @@ class LabelledImage:
         return np.stack([flat % self.labels.shape[1], flat // self.labels.shape[1]], axis=1).astype(np.float32)
 
 
-def point_prompt(image: LabelledImage, rng: np.random.Generator) -> Prompt:
+def point_prompt(image: LabelledImage, part_share: float, rng: np.random.Generator) -> Prompt:
     """One point; the answer is a part, the whole, or the background."""
     if not image.objects or (0 in image.pixels and rng.random() < BACKGROUND_POINT):
         parts = [0] if 0 in image.pixels else list(image.pixels)
         pixel = image.draw(parts, rng)
     else:
-        pixel, parts = _answer(image, PART_AT_POINT, rng)
+        pixel, parts = _answer(image, part_share, rng)
     labels = np.ones(1, dtype=np.int64)
     return Prompt(image.points(np.array([pixel])), labels, None, image.mask(parts))
 
 
-def points_prompt(image: LabelledImage, rng: np.random.Generator) -> Prompt:
+def points_prompt(image: LabelledImage, part_share: float, rng: np.random.Generator) -> Prompt:
     """Several points on the answer, or close together on it, and several off it.
 
     Half of the points off a part lie on the rest of the same object, for that is where somebody who wants the part
     would click.
     """
     if not image.objects:
-        prompt = point_prompt(image, rng)
+        prompt = point_prompt(image, part_share, rng)
         return Prompt(*_padded(prompt.points, prompt.points[:0]), None, prompt.mask)
-    pixel, parts = _answer(image, PART_AT_POINTS, rng)
+    pixel, parts = _answer(image, part_share, rng)
     whole = image.objects[int(image.labels.flat[pixel]) // 16]
     on = image.inside(parts)
     if rng.random() < 0.5:
@@ -114,13 +119,32 @@ def points_prompt(image: LabelledImage, rng: np.random.Generator) -> Prompt:
     return Prompt(*_padded(positive, negative), None, image.mask(parts))
 
 
-def box_prompt(image: LabelledImage, rng: np.random.Generator) -> Prompt:
+def box_prompt(image: LabelledImage, part_share: float, rng: np.random.Generator) -> Prompt:
     """The answer's box, its corners moved by about a twentieth of its sides."""
-    parts = _answer(image, PART_IN_BOX, rng)[1] if image.objects else list(image.pixels)
+    parts = _answer(image, part_share, rng)[1] if image.objects else list(image.pixels)
     box = tight_box(image.mask(parts))
     noise = np.clip(rng.normal(0, 0.05, 4), -0.1, 0.1) * np.tile(box[2:] - box[:2], 2)
     noise *= rng.random() < 0.8  # some boxes are exact
     return Prompt(None, None, (box + noise).astype(np.float32), image.mask(parts))
+
+
+def outlines(labels: UInt8[np.ndarray, "height width"], size: int) -> Float[Tensor, "3 {size} {size}"]:
+    """What can be seen without any prompt, in a grid of size × size cells: how much of a cell is on objects, whether
+    an object's outline runs through it, and whether a part's does, 0 to 1."""
+    objects = labels // 16
+    maps = torch.from_numpy(np.stack([objects > 0, _borders(objects), _borders(labels)]).astype(np.float32))
+    return torch.cat([adaptive_avg_pool2d(maps[:1], size), adaptive_max_pool2d(maps[1:], size)])
+
+
+def _borders(labels: UInt8[np.ndarray, "height width"]) -> Bool[np.ndarray, "height width"]:
+    """Pixels with another label above, below, to the left or to the right."""
+    borders = np.zeros(labels.shape, dtype=bool)
+    across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
+    borders[:, 1:] |= across
+    borders[:, :-1] |= across
+    borders[1:] |= down
+    borders[:-1] |= down
+    return borders
 
 
 SAMPLERS = {"point": point_prompt, "points": points_prompt, "box": box_prompt}

@@ -3,6 +3,9 @@
 Three masks answer a prompt, and only the best of them is trained (Kirillov et al. 2023, §3); so they share out the
 meanings of a point between them. Each also learns to predict its IoU with the answer, which is roughly "how often this
 is what was meant" times "how well I cut it out". What is asked, and how often for a part, is in `prompts.py`.
+
+A prompt teaches the image encoder about one object only. So a second, small head draws the outlines of everything in
+the picture from the same image embedding; it is thrown away after training.
 """
 
 from datetime import date
@@ -11,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from safetensors.torch import save
 from segment_anything.modeling import Sam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
@@ -24,55 +28,91 @@ from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam, decode_pr
 from wris_lib.data.toyworld.pretraining import pool
 from wris_lib.files import atomic_write, cache_dir
 from wris_lib.pretrain.prompts import (
-    PART_AT_POINT,
-    PART_AT_POINTS,
+    LATE_PART_SHARES,
+    PART_SHARES,
     SAMPLERS,
     SMALLEST_OBJECT,
     LabelledImage,
     Prompt,
+    outlines,
     tight_box,
 )
 from wris_lib.train import Recipe, fit
 
-IMAGES_PER_STEP = 8
-PROMPTS_PER_IMAGE = {"point": 4, "points": 2, "box": 2}
+SHARES = 2  # of a step's batch, for as many processes
+IMAGES_PER_SHARE = 4
+PROMPTS_PER_IMAGE = {"point": 3, "points": 2, "box": 3}
 HELD_OUT = 400  # last images of the pool: never trained on
 MEASURED = 150  # of them
 
-STEPS = 5500
+STEPS = 12_000
+LEARNING_RATE = 1.5e-3
 
 
 def recipe(steps: int) -> Recipe:
     """bf16, measured on one thread with AMX: 0.40 s a step instead of 0.58 s in fp32, the first losses being equal."""
     warmup = min(200, steps // 10)
-    return Recipe(steps, learning_rate=1e-3, warmup=warmup, precision="bf16", checkpoint_every=250)
+    return Recipe(steps, LEARNING_RATE, warmup=warmup, precision="bf16", checkpoint_every=250, shares=SHARES)
+
+
+class SamWithOutlines(nn.Module):
+    """SAM, and the head that learns with it: from a token of the image embedding to outlines inside its patch.
+
+    Args:
+        sam: upstream's model; low-resolution masks have 4 × 4 cells a token.
+    """
+
+    def __init__(self, sam: Sam):
+        super().__init__()
+        self.sam = sam
+        width = sam.prompt_encoder.embed_dim
+        self.head = nn.Sequential(nn.Conv2d(width, 256, 1), nn.GELU(), nn.Conv2d(256, 3 * 16, 1), nn.PixelShuffle(4))
+
+    def outlines(self, embeddings: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h4 w4"]:
+        """Logits of the three maps of `prompts.outlines`."""
+        return self.head(embeddings)
 
 
 class Batches:
-    """The batch of a step, as a pure function of the step: images, and for each kind of prompt its questions."""
+    """A share of a batch, as a pure function of its number: images, outlines, and for each kind of prompt questions.
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, mask_size: int):
-        self.images, self.labels, self.mask_size = images, labels, mask_size
+    Args:
+        images: RGB; SAM sees them scaled to its input, as `Segmenter.embed` does.
+        labels: of the pool, at the images' size.
+        input_size: of SAM, in pixels.
+        mask_size: of SAM's low-resolution masks.
+        late: from this number on parts are asked for more often.
+    """
 
-    def __call__(self, step: int) -> dict[str, Any]:
-        rng = np.random.default_rng([0, step])
-        pictures, prompts = [], {kind: [] for kind in PROMPTS_PER_IMAGE}
-        for i in rng.integers(len(self.images), size=IMAGES_PER_STEP):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, input_size: int, mask_size: int, late: int):
+        self.images, self.labels = images, labels
+        self.input_size, self.mask_size, self.late = input_size, mask_size, late
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        rng = np.random.default_rng([0, number])
+        part_shares = PART_SHARES if number < self.late else LATE_PART_SHARES
+        pictures, maps, prompts = [], [], {kind: [] for kind in PROMPTS_PER_IMAGE}
+        for i in rng.integers(len(self.images), size=IMAGES_PER_SHARE):
             pixels, labels = np.asarray(self.images[i]), np.asarray(self.labels[i])
             if rng.random() < 0.5:
                 pixels, labels = pixels[:, ::-1], np.ascontiguousarray(labels[:, ::-1])
-            pictures.append(torch.from_numpy(pixels.copy()))
+            picture = Image.fromarray(pixels).resize((self.input_size, self.input_size), Image.Resampling.BILINEAR)
+            pictures.append(torch.from_numpy(np.array(picture)))
+            maps.append(outlines(labels, self.mask_size))
             image = LabelledImage(labels)
-            for kind, number in PROMPTS_PER_IMAGE.items():
-                prompts[kind] += [SAMPLERS[kind](image, rng) for _ in range(number)]
+            for kind, count in PROMPTS_PER_IMAGE.items():
+                prompts[kind] += [SAMPLERS[kind](image, part_shares[kind], rng) for _ in range(count)]
         batch: dict[str, Any] = {kind: self._stack(found) for kind, found in prompts.items()}
-        return batch | {"images": torch.stack(pictures).permute(0, 3, 1, 2)}
+        return batch | {"images": torch.stack(pictures).permute(0, 3, 1, 2), "outlines": torch.stack(maps)}
 
     def _stack(self, prompts: list[Prompt]) -> dict[str, Tensor | None]:
         columns = {name: [getattr(prompt, name) for prompt in prompts] for name in ("points", "labels", "box")}
         stacked = {
             name: None if column[0] is None else torch.from_numpy(np.stack(column)) for name, column in columns.items()
         }
+        for name in ("points", "box"):
+            if stacked[name] is not None:
+                stacked[name] = stacked[name] * (self.input_size / prompts[0].mask.shape[1])
         # How much of each low-resolution pixel the mask covers, 0 to 1. A soft target keeps what the decoder's coarse
         # grid would lose: where an outline runs through a pixel.
         masks = torch.from_numpy(np.stack([prompt.mask for prompt in prompts])).float()
@@ -95,11 +135,12 @@ def mask_iou(first: Bool[Tensor, "*#p h w"], second: Bool[Tensor, "*#p h w"]) ->
     return torch.where(union > 0, (first & second).sum((-2, -1)) / union.clamp(min=1), 1.0)
 
 
-def loss(sam: Sam, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-    """SAM's loss over all prompts of a batch; the logged "…_iou" are best-of-three at low resolution."""
+def loss(model: SamWithOutlines, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    """SAM's loss over all prompts of a batch, and that of the outlines; the "…_iou" are best-of-three."""
+    sam = model.sam
     embeddings = sam.image_encoder(sam.preprocess(batch["images"]))
-    terms: dict[str, Tensor] = {}
-    total = torch.zeros((), device=embeddings.device)
+    total = cross_entropy(model.outlines(embeddings).float(), batch["outlines"])
+    terms: dict[str, Tensor] = {"outlines": total.detach()}
     for kind, share in PROMPTS_PER_IMAGE.items():
         prompts = batch[kind]
         rows = embeddings.repeat_interleave(share, dim=0)
@@ -183,9 +224,10 @@ def model_card(sam: Sam, log: list[dict[str, int | float]], figures: dict[str, d
     """The model card, in Markdown, from what the run logged."""
     parameters = sum(p.numel() for p in sam.parameters()) / 1e6
     prompts = sum(PROMPTS_PER_IMAGE.values())
-    device = "CPU, one thread" if sam.device.type == "cpu" else torch.cuda.get_device_name(sam.device)
-    if sam.device.type == "cpu" and torch.get_num_threads() > 1:
-        device = f"CPU, {torch.get_num_threads()} threads"
+    processes = PartialState().num_processes
+    device = f"CPU, {torch.get_num_threads()} thread(s) in each of {processes} process(es)"
+    if sam.device.type == "cuda":
+        device = f"{processes} × {torch.cuda.get_device_name(sam.device)}"
     minutes = sum(row["seconds"] for row in log) / 60
     settings = recipe(len(log))
     rows = [
@@ -196,22 +238,24 @@ def model_card(sam: Sam, log: list[dict[str, int | float]], figures: dict[str, d
     return f"""# Toy SAM
 
 segment_anything's `Sam` with a small configuration (`wris_lib/backbones/sam.py`): {parameters:.1f} million parameters,
-256×256 pixels in, masks of 64×64 out. It knows the toy world and nothing else.
+128×128 pixels in, masks of 64×64 out. It knows the toy world and nothing else.
 
 **Data.** The pool `sam` of the toy world: images with masks of whole objects and their parts, without classes and
 without words. {HELD_OUT} images are held out for the figures below.
 
-**Recipe.** `python -m wris_lib pretrain sam`: {settings.steps} steps of {IMAGES_PER_STEP} images × {prompts} prompts
-({", ".join(f"{n} {kind}" for kind, n in PROMPTS_PER_IMAGE.items())}), {settings.precision}, AdamW, learning rate
-{settings.learning_rate:g} with a cosine; focal and Dice loss of the best of three masks, and the squared error of the
-predicted IoU. One point on a part asks for the part in {PART_AT_POINT:.0%} of cases, several points in
-{PART_AT_POINTS:.0%}: the ambiguity is meant.
+**Recipe.** `python -m wris_lib pretrain sam`: {settings.steps} steps of {SHARES * IMAGES_PER_SHARE} images × {prompts}
+prompts ({", ".join(f"{n} {kind}" for kind, n in PROMPTS_PER_IMAGE.items())}), {settings.precision}, AdamW, learning
+rate {settings.learning_rate:g} with a cosine. The loss: focal and Dice loss of the best of three masks, the squared
+error of the predicted IoU, and, through a head that is not kept, the outlines of everything in the picture. One point
+on a part asks for the part in {PART_SHARES["point"]:.0%} of cases, in the second half of training in
+{LATE_PART_SHARES["point"]:.0%}; several points in {PART_SHARES["points"]:.0%} and {LATE_PART_SHARES["points"]:.0%}:
+the ambiguity is meant.
 
 **Made.** {date.today().isoformat()}, {minutes:.0f} minutes on {device}; torch {torch.__version__}.
 
-**Figures.** Mean IoU in percent at 256×256 of the mask with the best predicted IoU, over all objects and parts of at
-least {SMALLEST_OBJECT} pixels in {MEASURED} held-out images. Points are drawn at random. The last two rows are shares
-of points.
+**Figures.** Mean IoU in percent, at the pictures' 256×256 pixels, of the mask with the best predicted IoU, over all
+objects and parts of at least {SMALLEST_OBJECT} pixels in {MEASURED} held-out images. Points are drawn at random. The
+last two rows are shares of points.
 
 | what is asked | {" | ".join(figures)} |
 |---|{"---|" * len(figures)}
@@ -234,8 +278,12 @@ def main(steps: int = STEPS, folder: Path | None = None, device: str | torch.dev
     data = pool("sam")
     torch.manual_seed(0)
     sam = build_toy_sam()
-    batches = Batches(data.images[:-HELD_OUT], data.labels[:-HELD_OUT], sam.prompt_encoder.mask_input_size[0])
-    log = fit(sam, loss, batches, recipe(steps), folder, device)
+    side, mask_side = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size[0]
+    half = steps // 2 * SHARES
+    batches = Batches(data.images[:-HELD_OUT], data.labels[:-HELD_OUT], side, mask_side, late=half)
+    log = fit(SamWithOutlines(sam), loss, batches, recipe(steps), folder, device)
+    if not PartialState().is_main_process:
+        return
     segmenter = Segmenter(sam)
     held_out = range(len(data.images) - HELD_OUT, len(data.images) - HELD_OUT + MEASURED)
     alone = {i for i in held_out if len(LabelledImage(np.asarray(data.labels[i])).objects) == 1}

@@ -2,7 +2,7 @@
 
 A scene is sampled as a list of objects (category, colours, place), then painted from back to front over a background.
 Everything comes from one `numpy.random.Generator`, and pixels from integer arithmetic, so that the same seed gives the
-same picture on every machine. (Another version of Pillow may round some edges differently, by a level or two of 255.)
+same picture on every machine. (Pillow 13 rounds some edges differently than 12, by a level or two of 255.)
 """
 
 from dataclasses import dataclass, field
