@@ -1,0 +1,132 @@
+"""The four datasets, made with a method that knows colours instead of CLIP + SAM."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wris_lib.backbones.language import Parse, Parser
+from wris_lib.data.objects import ObjectImage
+from wris_lib.data.refer import Expression
+from wris_lib.errors import WrisError
+from wris_lib.methods import Method, Prediction
+from wris_lib.methods.ppt.labels import UNKNOWN
+from wris_lib.methods.ppt.pseudo import from_expressions, label_objects, referring, semantic
+
+COLORS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
+
+
+class ByColour(Method):
+    """Finds the pixels of the first colour that a phrase names; its score is the share of the picture."""
+
+    @classmethod
+    def load(cls, stack):
+        return cls()
+
+    def predict(self, image, expressions):
+        pixels = np.array(image).astype(int)
+        answers = []
+        for expression in expressions:
+            mask = np.zeros(pixels.shape[:2], dtype=bool)
+            for name, color in COLORS.items():
+                if name in expression and not mask.any():
+                    mask = np.abs(pixels - color).max(axis=2) < 100
+            empty = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
+            answers.append(Prediction(mask, mask.astype(np.float32), *empty, float(mask.mean())))
+        return answers
+
+
+class Words(Parser):
+    """Every colour is a noun phrase."""
+
+    def __init__(self):
+        pass
+
+    def parse(self, expressions):
+        found = [[word for word in text.split() if word in COLORS] for text in expressions]
+        return [Parse(text, [], phrases or [text], None) for text, phrases in zip(expressions, found, strict=True)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten pictures of each colour: a rectangle on grey, from small to large."""
+    items = []
+    for name, color in COLORS.items():
+        for number in range(10):
+            image = np.full((60, 80, 3), 128, dtype=np.uint8)
+            image[20:40, 10 : 20 + 4 * number] = color
+            path = tmp_path / f"{name}{number}.png"
+            Image.fromarray(image).save(path)
+            items.append(ObjectImage(path, name))
+    return items
+
+
+def test_doubtful_objects_are_left_out(folder):
+    every = label_objects(ByColour(), folder, size=40, keep=1.0)
+    assert len(every) == 30 and every[0].image.shape == (30, 40, 3)  # scaled down
+    best = label_objects(ByColour(), folder, size=80, keep=0.5)
+    assert len(best) == 15 and min(p.mask.sum() for p in best) == 20 * 30
+    for picture in best:
+        assert (picture.image[picture.mask] == COLORS[picture.name]).all()
+
+
+def test_pictures_in_which_nothing_is_found(folder):
+    nameless = [ObjectImage(item.image_path, "purple") for item in folder]
+    with pytest.raises(WrisError, match="found no object in any of 30 object-centric pictures"):
+        label_objects(ByColour(), nameless, size=40)
+    assert len(label_objects(ByColour(), [*nameless, folder[9]], size=40, keep=1.0)) == 1
+
+
+def test_images_and_labels_of_d_sem_belong_together(folder):
+    pictures = label_objects(ByColour(), folder, size=80)
+    made = semantic(pictures, copies=2, size=64, side=16)
+    assert len(made.images.keys) == len(set(made.images.keys)) == 2 * len(pictures) == len(made.labels)
+    assert made.labels.expressions[0] == f"the {pictures[0].name} in the middle"
+    check_colours(made)
+
+
+def test_images_and_labels_of_d_ref_belong_together(folder):
+    pictures = label_objects(ByColour(), folder, size=80)
+    made = referring(pictures, scenes=24, size=96, side=24)
+    assert len(made.images.keys) == 24 and len(made.labels) > 40
+    assert set(made.labels.image) <= set(range(24))
+    assert np.diff(made.labels.first).max() > 2  # contextual labels are kept
+    check_colours(made)
+    again, other = (referring(pictures, scenes=24, size=96, side=24, seed=seed) for seed in (0, 1))
+    assert again.images.keys == made.images.keys and again.labels.expressions == made.labels.expressions
+    assert set(other.images.keys).isdisjoint(made.images.keys)
+
+
+def check_colours(made) -> None:
+    """The referent's cells show the colour that the expression names."""
+    for e, expression in enumerate(made.labels.expressions):
+        image = made.images.load(int(made.labels.image[e]))
+        mask = made.labels.candidates(e)[made.labels.referent[e]]
+        pixels = np.array(image.resize(mask.shape, Image.Resampling.BOX)).astype(int)[mask]
+        name = min((expression.find(name), name) for name in COLORS if name in expression)[1]
+        assert np.median(np.abs(pixels - COLORS[name]).max(axis=1)) < 60, expression
+
+
+def test_other_pictures_have_other_keys(folder):
+    pictures = label_objects(ByColour(), folder, size=80)
+    first, second = (semantic(some, 1, 64, 16).images.keys for some in (pictures, pictures[::-1]))
+    assert set(first).isdisjoint(second)
+
+
+def test_h_has_a_candidate_for_each_noun_phrase(tmp_path):
+    image = np.full((60, 60, 3), 128, dtype=np.uint8)
+    image[10:30, 10:30], image[35:55, 30:50] = COLORS["red"], COLORS["blue"]
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        Image.fromarray(image).save(path)
+    texts = ["the red thing", "red left of blue", "red above green", "green", "nothing", "red and red"]
+    items = [Expression(paths[n % 2], n % 2, n, text, n, None) for n, text in enumerate(texts)]
+    made = from_expressions(ByColour(), Words(), items, side=15)
+    found = {text: (e, made.labels.referent[e]) for e, text in enumerate(made.labels.expressions)}
+    assert set(found) == {"the red thing", "red left of blue", "red above green", "red and red"}
+    assert made.notes == {"phrases found nowhere": 3}
+    assert found["the red thing"][1] == found["red and red"][1] == 0  # H_sem: a single phrase
+    assert found["red left of blue"][1] == found["red above green"][1] == UNKNOWN  # H_ref, also with one candidate left
+    red, blue = made.labels.candidates(found["red left of blue"][0])
+    assert red[3:7, 3:7].all() and blue[9:13, 8:12].all()
+    assert len(made.labels.candidates(found["red above green"][0])) == 1
+    assert [made.images.load(row).size for row in range(2)] == [(60, 60), (60, 60)]

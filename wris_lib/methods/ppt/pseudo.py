@@ -1,0 +1,178 @@
+"""Where PPT's four datasets come from: no masks, only CLIP + SAM, class names, sentences, and scissors.
+
+`label_objects` asks CLIP + SAM for the object of every object-centric picture. From what it finds, `semantic` makes
+D_sem and `referring` D_ref; `from_expressions` makes H out of scenes with sentences. Each gives its images as `Rows`,
+ready to be encoded once by `backbones.feature_store`, and its expressions as `LabelledExpressions`.
+
+Source: Dai and Yang, CVPR 2024, §3.3. The paper does not say how doubtful pseudo-masks are treated; here those that SAM
+trusts least are left out.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from wris_lib.backbones.feature_store import Rows
+from wris_lib.backbones.features import image_files
+from wris_lib.backbones.language import Parser
+from wris_lib.data.images import check_expression, load_image
+from wris_lib.data.objects import ObjectImage
+from wris_lib.data.refer import Expression
+from wris_lib.errors import WrisError
+from wris_lib.methods import Method
+from wris_lib.methods.ppt.compose import ComposedScene, ObjectPicture, compose, fuse, place, sentences
+from wris_lib.methods.ppt.labels import UNKNOWN, Collector, LabelledExpressions
+
+LEAST_AREA, LARGEST_AREA = 0.01, 0.9  # of the picture: a mask beyond these is no object
+MOST_OBJECTS = 6  # in a composed scene
+TWINS = 0.5  # share of scenes in which several objects are of the first one's class
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with expressions about them.
+
+    Attributes:
+        images: whatever is to be encoded, once.
+        labels: expressions and candidates; `labels.image` numbers `images`.
+        notes: how many were left out and why, to be shown.
+    """
+
+    images: Rows
+    labels: LabelledExpressions
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+def label_objects(method: Method, pictures: Sequence[ObjectImage], size: int, keep: float = 0.8) -> list[ObjectPicture]:
+    """Ask a method for the object in each object-centric picture, by the name of its class.
+
+    Args:
+        method: CLIP + SAM.
+        pictures: files and class names.
+        size: longer side, in pixels, at which they are kept; larger ones are scaled down.
+        keep: share that is kept, those with the method's highest score.
+
+    Returns:
+        Pictures with pseudo-masks, in the order given. Those whose mask is nearly nothing or nearly everything are left
+        out before `keep` counts.
+
+    Raises:
+        WrisError: no picture is left; a picture cannot be read.
+    """
+    found: list[tuple[float, ObjectPicture]] = []
+    for picture in tqdm(pictures, "pseudo-masks of objects", unit=" pictures"):
+        image = load_image(picture.image_path)
+        image.thumbnail((size, size), Image.Resampling.BICUBIC)
+        answer = method.predict(image, [check_expression(picture.class_name)])[0]
+        if LEAST_AREA <= answer.mask.mean() <= LARGEST_AREA:
+            found.append((answer.score, ObjectPicture(np.array(image), answer.mask, picture.class_name)))
+    if not found:
+        raise WrisError(
+            f"CLIP + SAM found no object in any of {len(pictures)} object-centric pictures; they should show one large"
+            " object each, in a folder that has its class's name."
+        )
+    least = np.quantile([score for score, _ in found], 1 - keep)
+    return [picture for score, picture in found if score >= least]
+
+
+def semantic(pictures: Sequence[ObjectPicture], copies: int, size: int, side: int, seed: int = 0) -> LabelledImages:
+    """D_sem: each picture several times, mirrored and moved closer or farther, with "the [class] in the middle".
+
+    Args:
+        pictures: with pseudo-masks.
+        copies: of each picture.
+        size: side of the images in pixels.
+        side: of the masks' grid in cells.
+        seed: of what happens to the copies.
+    """
+
+    def make(row: int) -> ComposedScene:
+        return place(pictures[row // copies], size, np.random.default_rng([seed, 1, row]))
+
+    collector = Collector(side)
+    rows = _rows("D_sem", pictures, len(pictures) * copies, (size, seed, copies), make)
+    for row in tqdm(range(len(rows.keys)), "D_sem", unit=" images"):
+        scene = make(row)
+        collector.add(f"the {scene.names[0]} in the middle", row, scene.masks, 0)
+    return LabelledImages(rows, collector.finish())
+
+
+def referring(pictures: Sequence[ObjectPicture], scenes: int, size: int, side: int, seed: int = 0) -> LabelledImages:
+    """D_ref: scenes made of the pictures, every other one by composition and by fusion, with true sentences.
+
+    All objects are candidates, those that the sentence does not mean as well: they teach what is *not* the referent.
+
+    Args:
+        pictures: with pseudo-masks.
+        scenes: how many to make.
+        size: their side in pixels.
+        side: of the masks' grid in cells.
+        seed: of the scenes.
+    """
+    by_name: dict[str, list[int]] = {}
+    for number, picture in enumerate(pictures):
+        by_name.setdefault(picture.name, []).append(number)
+
+    def make(row: int, rng: np.random.Generator) -> ComposedScene:
+        chosen = list(rng.integers(len(pictures), size=rng.integers(2, MOST_OBJECTS, endpoint=True)))
+        if rng.random() < TWINS:
+            same = by_name[pictures[chosen[0]].name]
+            for position in range(1, 1 + int(rng.integers(1, 3))):
+                chosen[position % len(chosen)] = int(rng.choice(same))
+        rng.shuffle(chosen)
+        return (compose if row % 2 == 0 else fuse)([pictures[number] for number in chosen], size, rng)
+
+    def generator(row: int) -> np.random.Generator:
+        return np.random.default_rng([seed, 2, row])
+
+    collector = Collector(side)
+    for row in tqdm(range(scenes), "D_ref", unit=" scenes"):
+        rng = generator(row)
+        scene = make(row, rng)
+        for text, referent in sentences(scene, rng):
+            collector.add(text, row, scene.masks, referent)
+    rows = _rows("D_ref", pictures, scenes, (size, seed), lambda row: make(row, generator(row)))
+    return LabelledImages(rows, collector.finish())
+
+
+def from_expressions(method: Method, parser: Parser, items: Iterable[Expression], side: int) -> LabelledImages:
+    """H: scenes with sentences as people wrote them, and for every noun phrase a candidate.
+
+    With a single noun phrase its candidate is the referent (H_sem); with several it is UNKNOWN (H_ref).
+
+    Args:
+        method: CLIP + SAM.
+        parser: finds the noun phrases.
+        items: images and expressions, without masks.
+        side: of the masks' grid in cells.
+
+    Raises:
+        WrisError: no expression got a candidate; an image cannot be read.
+    """
+    items = list(items)
+    by_image: dict = {}
+    for item, parse in zip(items, parser.parse([item.expression for item in items]), strict=True):
+        by_image.setdefault(item.image_path, []).append((item.expression, list(dict.fromkeys(parse.noun_phrases))))
+    collector, nothing = Collector(side), 0
+    for row, (path, expressions) in enumerate(tqdm(by_image.items(), "candidates of expressions", unit=" images")):
+        phrases = list(dict.fromkeys(phrase for _, found in expressions for phrase in found))
+        answers = dict(zip(phrases, method.predict(load_image(path), phrases), strict=True))
+        for expression, found in expressions:
+            masks = [answers[phrase].mask for phrase in found if answers[phrase].mask.any()]
+            nothing += len(found) - len(masks)
+            if masks:
+                collector.add(expression, row, np.stack(masks), 0 if len(found) == 1 else UNKNOWN)
+    return LabelledImages(image_files(list(by_image)), collector.finish(), {"phrases found nowhere": nothing})
+
+
+def _rows(name: str, pictures: Sequence[ObjectPicture], count: int, settings: tuple, make) -> Rows:
+    """Composed images as rows: known by the pictures that they are made of, and by the seed."""
+    content = hashlib.sha256()
+    for picture in pictures:
+        content.update(picture.image.tobytes() + picture.mask.tobytes() + picture.name.encode())
+    key = f"{name} {content.hexdigest()} {settings}"
+    return Rows([f"{key} {row}" for row in range(count)], lambda row: Image.fromarray(make(row).image))
