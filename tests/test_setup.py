@@ -176,6 +176,8 @@ class Checkout:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Where these tests run in the background, Ctrl-C is ignored, and set-up would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def set_up(self, **surroundings: str) -> SimpleNamespace:
