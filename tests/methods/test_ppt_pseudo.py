@@ -10,7 +10,7 @@ from wris_lib.data.refer import Expression
 from wris_lib.errors import WrisError
 from wris_lib.methods import Method, Prediction
 from wris_lib.methods.ppt.labels import UNKNOWN
-from wris_lib.methods.ppt.pseudo import from_expressions, label_objects, referring, semantic
+from wris_lib.methods.ppt.pseudo import from_expressions, label_objects, names_a_place, referring, semantic
 
 COLORS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
 
@@ -110,6 +110,24 @@ def test_other_pictures_have_other_keys(folder):
     pictures = label_objects(ByColour(), folder, size=80)
     first, second = (semantic(some, 1, 64, 16).images.keys for some in (pictures, pictures[::-1]))
     assert set(first).isdisjoint(second)
+
+
+def test_places_are_no_things():
+    assert all(names_a_place(phrase) for phrase in ("the left", "The top right corner", "left side"))
+    assert not any(names_a_place(phrase) for phrase in ("left dog", "the man on the left", "corner shop"))
+
+
+def test_a_place_beside_a_thing_needs_no_selection(tmp_path):
+    Image.new("RGB", (40, 40), COLORS["red"]).save(tmp_path / "red.png")
+    items = [Expression(tmp_path / "red.png", 0, n, text, n, None) for n, text in enumerate(("red | the left", "left"))]
+
+    class Cut(Words):
+        def parse(self, expressions):
+            return [Parse(text, [], text.split(" | "), None) for text in expressions]
+
+    made = from_expressions(ByColour(), Cut(), items, side=10)
+    assert made.labels.expressions == ("red | the left",) and made.labels.referent.tolist() == [0]
+    assert made.notes == {"phrases found nowhere": 1}  # a place alone is asked for all the same
 
 
 def test_h_has_a_candidate_for_each_noun_phrase(tmp_path):

@@ -30,6 +30,8 @@ from wris_lib.methods.ppt.labels import UNKNOWN, Collector, LabelledExpressions
 LEAST_AREA, LARGEST_AREA = 0.01, 0.9  # of the picture: a mask beyond these is no object
 MOST_OBJECTS = 6  # in a composed scene
 TWINS = 0.5  # share of scenes in which several objects are of the first one's class
+ARTICLES = {"the", "a", "an"}
+PLACES = {"left", "right", "top", "bottom", "front", "back", "middle", "center", "centre", "side", "corner", "picture"}
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def referring(pictures: Sequence[ObjectPicture], scenes: int, size: int, side: i
 def from_expressions(method: Method, parser: Parser, items: Iterable[Expression], side: int) -> LabelledImages:
     """H: scenes with sentences as people wrote them, and for every noun phrase a candidate.
 
-    With a single noun phrase its candidate is the referent (H_sem); with several it is UNKNOWN (H_ref).
+    With a single noun phrase its candidate is the referent (H_sem); with several it is UNKNOWN (H_ref). "The left" is
+    a noun phrase, too, but there is nothing of that name to be found; such phrases do not count.
 
     Args:
         method: CLIP + SAM.
@@ -156,7 +159,9 @@ def from_expressions(method: Method, parser: Parser, items: Iterable[Expression]
     items = list(items)
     by_image: dict = {}
     for item, parse in zip(items, parser.parse([item.expression for item in items]), strict=True):
-        by_image.setdefault(item.image_path, []).append((item.expression, list(dict.fromkeys(parse.noun_phrases))))
+        phrases = list(dict.fromkeys(parse.noun_phrases))
+        phrases = [phrase for phrase in phrases if not names_a_place(phrase)] or phrases
+        by_image.setdefault(item.image_path, []).append((item.expression, phrases))
     collector, nothing = Collector(side), 0
     for row, (path, expressions) in enumerate(tqdm(by_image.items(), "candidates of expressions", unit=" images")):
         phrases = list(dict.fromkeys(phrase for _, found in expressions for phrase in found))
@@ -167,6 +172,11 @@ def from_expressions(method: Method, parser: Parser, items: Iterable[Expression]
             if masks:
                 collector.add(expression, row, np.stack(masks), 0 if len(found) == 1 else UNKNOWN)
     return LabelledImages(image_files(list(by_image)), collector.finish(), {"phrases found nowhere": nothing})
+
+
+def names_a_place(phrase: str) -> bool:
+    """ "the left", "the top right corner": a place in the picture and no thing."""
+    return {*phrase.lower().split()} - ARTICLES <= PLACES
 
 
 def _rows(name: str, pictures: Sequence[ObjectPicture], count: int, settings: tuple, make) -> Rows:
