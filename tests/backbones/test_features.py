@@ -161,7 +161,7 @@ def test_a_toy_image_takes_the_documented_bytes():
     rows = Rows(["a picture"], lambda row: picture(row).resize((256, 256)))
     for encoder, size in (
         (clip_patches(toy, (2, 4, "surgery")), 2 * 98_304 + 65_536),
-        (sam_embeddings(segmenter), 49_152 + 2 * 2 * 8),
+        (sam_embeddings(segmenter), 110_592 + 2 * 2 * 8),
     ):
         folder = open_features(encoder, rows).folder
         assert sum(path.stat().st_size for path in folder.glob("*.bin")) == size

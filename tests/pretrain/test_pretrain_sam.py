@@ -1,6 +1,4 @@
-"""Prompts and their answers, the loss, the card's figures, and a whole run in miniature."""
-
-from types import SimpleNamespace
+"""Prompts and their answers, the loss, growing, the card's figures, and a whole run in miniature."""
 
 import numpy as np
 import pytest
@@ -9,10 +7,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam
+from wris_lib.data.toyworld.pretraining import Pool
 from wris_lib.pretrain import prompts
 from wris_lib.pretrain import sam as pretrain
 from wris_lib.pretrain.prompts import LabelledImage
-from wris_lib.pretrain.sam import Batches, SamWithOutlines
+from wris_lib.pretrain.sam import Batches, Round, SamWithOutlines, grow
 
 SHIRT, TROUSERS, BUTTON, BALL, CRUMB = 16, 17, 18, 32, 48
 
@@ -32,7 +31,7 @@ def labels() -> np.ndarray:
 @pytest.fixture
 def pool(labels):
     images = np.stack([labels] * 3, axis=-1)  # pixels that say their label, so that a wrong flip shows
-    return SimpleNamespace(images=np.stack([images] * 6), labels=np.stack([labels] * 6))
+    return Pool(np.stack([images] * 6), np.stack([labels] * 6), None)
 
 
 def names(mask: np.ndarray, labels: np.ndarray) -> set[int]:
@@ -195,7 +194,7 @@ def test_it_learns(pool, monkeypatch):
     monkeypatch.setattr(pretrain, "IMAGES_PER_SHARE", 1)
     monkeypatch.setattr(pretrain, "PROMPTS_PER_IMAGE", {"point": 1, "points": 1, "box": 1})
     torch.manual_seed(0)
-    model = SamWithOutlines(build_toy_sam())
+    model = SamWithOutlines(build_toy_sam(128))
     batches = Batches(pool.images, pool.labels, 128, 64, late=99)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
@@ -211,30 +210,112 @@ def test_it_learns(pool, monkeypatch):
         assert parameter.grad is not None or any(name.startswith(prefix) for prefix in unused), name
 
 
-def test_a_run_in_miniature(pool, tmp_path, monkeypatch, capsys):
+# -------------------------------------------------------------------------------------------------- two rounds
+
+
+def cubic(distance: np.ndarray) -> np.ndarray:
+    """The kernel of bicubic interpolation (Keys 1981), with torch's a = -0.75."""
+    x, a = np.abs(distance), -0.75
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def resized(line: np.ndarray, length: int) -> np.ndarray:
+    """The first axis between the centres of its cells, constant at the border."""
+    places = (np.arange(length) + 0.5) * len(line) / length - 0.5
+    rows = []
+    for place in places:
+        cells = np.arange(np.floor(place) - 1, np.floor(place) + 3)
+        rows.append(np.tensordot(cubic(place - cells), line[cells.clip(0, len(line) - 1).astype(int)], axes=1))
+    return np.stack(rows)
+
+
+def test_a_larger_sam_has_the_weights_of_the_smaller_one():
+    torch.manual_seed(0)
+    small = build_toy_sam(64)
+    small.image_encoder.pos_embed.data.normal_()  # upstream starts them at zero
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    large = grow(small, 192)
+    state = large.state_dict()
+    positions = state.pop("image_encoder.pos_embed")
+    assert large.image_encoder.img_size == 192 and large.prompt_encoder.mask_input_size == (96, 96)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())  # left as it was
+    rows = resized(before["image_encoder.pos_embed"][0].double().numpy(), 24)  # h w C
+    expected = resized(rows.swapaxes(0, 1), 24).swapaxes(0, 1)
+    np.testing.assert_allclose(positions[0], expected, atol=1e-5)
+
+
+def test_a_grown_sam_can_be_trained_and_asked():
+    torch.manual_seed(0)
+    grown = grow(build_toy_sam(64), 128)
+    assert all(parameter.requires_grad for parameter in grown.parameters())
+    embedded = Segmenter(grown).embed(Image.new("RGB", (50, 100)))
+    assert embedded.embedding.shape == (1, 96, 16, 16) and embedded.input_size == (128, 64)
+
+
+def test_held_out_images_are_measured_apart(pool, monkeypatch):
+    """Of six images the last three are held out and two of them measured: number 3, a scene, and 4, a ball alone."""
+    asked = []
+    monkeypatch.setattr(pretrain, "HELD_OUT", 3)
+    monkeypatch.setattr(pretrain, "MEASURED", 2)
+    monkeypatch.setattr(pretrain, "measure", lambda segmenter, images, labels: asked.append((images, labels)) or {})
+    pool.labels[4][pool.labels[4] != BALL] = 0
+    pool.images[...] = np.arange(6, dtype=np.uint8)[:, None, None, None]
+    assert list(pretrain.measure_held_out(build_toy_sam(64), pool)) == ["object-centric", "scenes"]
+    for number, (images, labels) in zip((4, 3), asked, strict=True):
+        assert (images == number).all() and len(images) == 1
+        assert np.array_equal(labels, pool.labels[[number]])
+
+
+@pytest.fixture
+def miniature(pool, tmp_path, monkeypatch):
+    """Small pictures for SAM, few of them, and weights that are written elsewhere."""
     monkeypatch.setattr(pretrain, "IMAGES_PER_SHARE", 1)
     pool.labels[-1][100:] = 0  # the last two images, held out, are a scene and one object alone
     monkeypatch.setattr(pretrain, "HELD_OUT", 2)
     monkeypatch.setattr(pretrain, "MEASURED", 2)
     monkeypatch.setattr(pretrain, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(pretrain, "pool", lambda name: pool)
-    monkeypatch.setattr(pretrain, "STEPS", 2)
-    pretrain.main(2, tmp_path / "run", "cpu")
+    monkeypatch.setattr(pretrain, "ROUNDS", (Round(64, 3, 1e-3), Round(128, 2, 5e-4)))
+
+
+def test_a_run_in_miniature(miniature, tmp_path, capsys):
+    pretrain.main(None, tmp_path / "run", "cpu")
     assert "whole, true box" in capsys.readouterr().out
     state = load_file(tmp_path / "weights" / "sam.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in state.values())
-    build_toy_sam().load_state_dict(state)
+    build_toy_sam(128).load_state_dict(state)
     assert (tmp_path / "weights" / "sam.safetensors").stat().st_size < 6e6
     assert "sam.safetensors" in (tmp_path / "weights" / "SHA256SUMS").read_text()
     card = (tmp_path / "weights" / "sam.md").read_text()
-    assert (
-        "2 steps of 2 images × 8 prompts" in " ".join(card.split())
-        and "| whole, true box |" in card
-        and "| object-centric | scenes |" in card
-    )
+    assert "| whole, true box |" in card and "| object-centric | scenes |" in card
+    words = " ".join(card.split())
+    assert "128×128 pixels in, masks of 64×64 out" in words and "2 images × 8 prompts" in words
+    assert "3 steps at 64×64 pixels (peak 0.001), then 2 steps at 128×128 pixels (peak 0.0005)" in words
     before = (tmp_path / "weights" / "sam.safetensors").read_bytes()
-    pretrain.main(2, tmp_path / "run", "cpu")  # nothing left to train: the same weights again
+    pretrain.main(None, tmp_path / "run", "cpu")  # nothing left to train: the same weights again
     assert (tmp_path / "weights" / "sam.safetensors").read_bytes() == before
     pretrain.main(1, tmp_path / "trial", "cpu")  # a trial stays where it is
     assert (tmp_path / "trial" / "sam.safetensors").exists()
     assert (tmp_path / "weights" / "sam.safetensors").read_bytes() == before
+
+
+def test_the_second_round_goes_on_where_the_first_ended(miniature, tmp_path, monkeypatch):
+    """And asks for parts more often from the middle of the first round on."""
+    rounds = []
+
+    def fit(model, loss, batches, recipe, folder, device):
+        rounds.append((batches.input_size, batches.mask_size, batches.late, recipe.steps, recipe.learning_rate))
+        seen.append(model.sam.mask_decoder.mask_tokens.weight.detach().clone())
+        with torch.no_grad():
+            model.sam.mask_decoder.mask_tokens.weight += 1
+        return [{"seconds": 60.0}]
+
+    seen = []
+    monkeypatch.setattr(pretrain, "fit", fit)
+    pretrain.main(None, tmp_path / "run", "cpu")
+    assert rounds == [(64, 32, 2, 3, 1e-3), (128, 64, 0, 2, 5e-4)]
+    assert torch.equal(seen[1], seen[0] + 1)
+    assert "2 minutes on CPU" in (tmp_path / "weights" / "sam.md").read_text()

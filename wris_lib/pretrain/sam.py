@@ -6,8 +6,13 @@ is what was meant" times "how well I cut it out". What is asked, and how often f
 
 A prompt teaches the image encoder about one object only. So a second, small head draws the outlines of everything in
 the picture from the same image embedding; it is thrown away after training.
+
+What an object is, is learnt on small pictures, at less than half the cost of a step. A second, shorter round on larger
+ones then learns where exactly it ends.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,12 +25,12 @@ from PIL import Image
 from safetensors.torch import save
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from wris_lib.backbones.checkpoints import WEIGHTS, record_toy_weights
 from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam, decode_prompts
-from wris_lib.data.toyworld.pretraining import pool
+from wris_lib.data.toyworld.pretraining import Pool, pool
 from wris_lib.files import atomic_write, cache_dir
 from wris_lib.pretrain.prompts import (
     LATE_PART_SHARES,
@@ -45,14 +50,25 @@ PROMPTS_PER_IMAGE = {"point": 3, "points": 2, "box": 3}
 HELD_OUT = 400  # last images of the pool: never trained on
 MEASURED = 150  # of them
 
-STEPS = 12_000
-LEARNING_RATE = 1.5e-3
+
+@dataclass(frozen=True)
+class Round:
+    """A part of training: side of SAM's input in pixels, optimiser steps, peak learning rate."""
+
+    size: int
+    steps: int
+    learning_rate: float
+
+    def recipe(self) -> Recipe:
+        """bf16, measured on one thread with AMX: 0.40 s a step instead of 0.58 s in fp32 at 128 pixels, the first
+        losses being equal."""
+        warmup = min(200, self.steps // 10)
+        return Recipe(
+            self.steps, self.learning_rate, warmup=warmup, precision="bf16", checkpoint_every=250, shares=SHARES
+        )
 
 
-def recipe(steps: int) -> Recipe:
-    """bf16, measured on one thread with AMX: 0.40 s a step instead of 0.58 s in fp32, the first losses being equal."""
-    warmup = min(200, steps // 10)
-    return Recipe(steps, LEARNING_RATE, warmup=warmup, precision="bf16", checkpoint_every=250, shares=SHARES)
+ROUNDS = (Round(128, 12_000, 1.5e-3), Round(192, 6_000, 8e-4))
 
 
 class SamWithOutlines(nn.Module):
@@ -117,6 +133,16 @@ class Batches:
         # grid would lose: where an outline runs through a pixel.
         masks = torch.from_numpy(np.stack([prompt.mask for prompt in prompts])).float()
         return stacked | {"coverage": adaptive_avg_pool2d(masks, self.mask_size)}
+
+
+def grow(sam: Sam, size: int) -> Sam:
+    """The same weights for a larger input; position embeddings are resized, which is all that depends on its size."""
+    grown, state = build_toy_sam(size), dict(sam.state_dict())
+    name = "image_encoder.pos_embed"  # [1, h, w, C]
+    side = grown.image_encoder.pos_embed.shape[1]
+    positions = interpolate(state[name].permute(0, 3, 1, 2), (side, side), mode="bicubic")
+    grown.load_state_dict(state | {name: positions.permute(0, 2, 3, 1)})
+    return grown
 
 
 def mask_loss(logits: Float[Tensor, "p m h w"], target: Float[Tensor, "p 1 h w"]) -> Float[Tensor, "p m"]:
@@ -220,16 +246,23 @@ def export(sam: Sam, folder: Path, card: str) -> None:
         file.write(card)
 
 
-def model_card(sam: Sam, log: list[dict[str, int | float]], figures: dict[str, dict[str, float]]) -> str:
-    """The model card, in Markdown, from what the run logged."""
+def model_card(sam: Sam, rounds: Sequence[Round], minutes: float, figures: dict[str, dict[str, float]]) -> str:
+    """The model card, in Markdown.
+
+    Args:
+        sam: trained.
+        rounds: that it went through.
+        minutes: that training took.
+        figures: of `measure`, by the kind of image.
+    """
     parameters = sum(p.numel() for p in sam.parameters()) / 1e6
     prompts = sum(PROMPTS_PER_IMAGE.values())
     processes = PartialState().num_processes
     device = f"CPU, {torch.get_num_threads()} thread(s) in each of {processes} process(es)"
     if sam.device.type == "cuda":
         device = f"{processes} × {torch.cuda.get_device_name(sam.device)}"
-    minutes = sum(row["seconds"] for row in log) / 60
-    settings = recipe(len(log))
+    side, masks = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size[0]
+    recipe = ",\nthen ".join(f"{r.steps} steps at {r.size}×{r.size} pixels (peak {r.learning_rate:g})" for r in rounds)
     rows = [
         " | ".join([name, *(f"{column[name]:.1f}" for column in figures.values())])
         for name in next(iter(figures.values()))
@@ -238,18 +271,18 @@ def model_card(sam: Sam, log: list[dict[str, int | float]], figures: dict[str, d
     return f"""# Toy SAM
 
 segment_anything's `Sam` with a small configuration (`wris_lib/backbones/sam.py`): {parameters:.1f} million parameters,
-128×128 pixels in, masks of 64×64 out. It knows the toy world and nothing else.
+{side}×{side} pixels in, masks of {masks}×{masks} out. It knows the toy world and nothing else.
 
 **Data.** The pool `sam` of the toy world: images with masks of whole objects and their parts, without classes and
 without words. {HELD_OUT} images are held out for the figures below.
 
-**Recipe.** `python -m wris_lib pretrain sam`: {settings.steps} steps of {SHARES * IMAGES_PER_SHARE} images × {prompts}
-prompts ({", ".join(f"{n} {kind}" for kind, n in PROMPTS_PER_IMAGE.items())}), {settings.precision}, AdamW, learning
-rate {settings.learning_rate:g} with a cosine. The loss: focal and Dice loss of the best of three masks, the squared
-error of the predicted IoU, and, through a head that is not kept, the outlines of everything in the picture. One point
-on a part asks for the part in {PART_SHARES["point"]:.0%} of cases, in the second half of training in
-{LATE_PART_SHARES["point"]:.0%}; several points in {PART_SHARES["points"]:.0%} and {LATE_PART_SHARES["points"]:.0%}:
-the ambiguity is meant.
+**Recipe.** `python -m wris_lib pretrain sam`: {recipe};
+each with {SHARES * IMAGES_PER_SHARE} images × {prompts} prompts
+({", ".join(f"{n} {kind}" for kind, n in PROMPTS_PER_IMAGE.items())}), bf16, AdamW, a learning rate that follows a
+cosine. The loss: focal and Dice loss of the best of three masks, the squared error of the predicted IoU, and, through a
+head that is not kept, the outlines of everything in the picture. One point on a part asks for the part in
+{PART_SHARES["point"]:.0%} of cases, from the middle of the first round on in {LATE_PART_SHARES["point"]:.0%};
+several points in {PART_SHARES["points"]:.0%} and {LATE_PART_SHARES["points"]:.0%}: the ambiguity is meant.
 
 **Made.** {date.today().isoformat()}, {minutes:.0f} minutes on {device}; torch {torch.__version__}.
 
@@ -263,32 +296,40 @@ last two rows are shares of points.
 """
 
 
-def main(steps: int = STEPS, folder: Path | None = None, device: str | torch.device | None = None) -> None:
+def main(steps: int | None = None, folder: Path | None = None, device: str | torch.device | None = None) -> None:
     """Train the toy SAM, measure it, and write its weights and model card; run again, it continues.
 
-    A run of the usual length writes into the package; any other is a trial and leaves everything in `folder`.
-
     Args:
-        steps: optimiser steps.
-        folder: for the checkpoint; None: in the cache.
+        steps: of every round, for a trial, which leaves everything in `folder`. None: `ROUNDS`, and the weights are
+            written into the package.
+        folder: for the checkpoints; None: in the cache.
         device: None: CUDA when there is one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(folder or cache_dir() / "pretrain" / "sam")
+    rounds = [replace(r, steps=steps or r.steps) for r in ROUNDS]
     data = pool("sam")
     torch.manual_seed(0)
-    sam = build_toy_sam()
-    side, mask_side = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size[0]
-    half = steps // 2 * SHARES
-    batches = Batches(data.images[:-HELD_OUT], data.labels[:-HELD_OUT], side, mask_side, late=half)
-    log = fit(SamWithOutlines(sam), loss, batches, recipe(steps), folder, device)
+    sam, seconds = build_toy_sam(rounds[0].size), 0.0
+    for number, this in enumerate(rounds):
+        if number:
+            sam = grow(sam, this.size)
+        late = this.steps // 2 * SHARES if number == 0 else 0
+        mask_size = sam.prompt_encoder.mask_input_size[0]
+        batches = Batches(data.images[:-HELD_OUT], data.labels[:-HELD_OUT], this.size, mask_size, late)
+        log = fit(SamWithOutlines(sam), loss, batches, this.recipe(), folder / str(this.size), device)
+        seconds += sum(row["seconds"] for row in log)
     if not PartialState().is_main_process:
         return
-    segmenter = Segmenter(sam)
+    card = model_card(sam, rounds, seconds / 60, measure_held_out(sam, data))
+    export(sam, folder if steps else WEIGHTS, card)
+    print(card)
+
+
+def measure_held_out(sam: Sam, data: Pool) -> dict[str, dict[str, float]]:
+    """`measure` on images that were never trained on, apart for those with one object and those with several."""
     held_out = range(len(data.images) - HELD_OUT, len(data.images) - HELD_OUT + MEASURED)
     alone = {i for i in held_out if len(LabelledImage(np.asarray(data.labels[i])).objects) == 1}
     columns = {"object-centric": sorted(alone), "scenes": sorted(set(held_out) - alone)}
-    figures = {name: measure(segmenter, data.images[rows], data.labels[rows]) for name, rows in columns.items()}
-    card = model_card(sam, log, figures)
-    export(sam, WEIGHTS if steps == STEPS else folder, card)
-    print(card)
+    segmenter = Segmenter(sam)
+    return {name: measure(segmenter, data.images[rows], data.labels[rows]) for name, rows in columns.items()}
