@@ -23,6 +23,7 @@ class Fake(Method):
     calls = 0
 
     variants = {"bright": {}, "wide": {"wide": True}}
+    parts = ("clip", "parser")
 
     def __init__(self, wide):
         self.wide = wide
@@ -56,7 +57,8 @@ def make_split(folder: Path, images: int = 8) -> None:
 
 
 def read_split(folder: Path) -> SimpleNamespace:
-    """Three expressions a picture, about its square; the other object lies at the bottom."""
+    """Three expressions a picture, about its square. The other object, in every second picture of the same category,
+    lies at the bottom."""
     items = []
     for path in sorted(folder.glob("*.png")):
         index = int(path.stem)
@@ -67,8 +69,15 @@ def read_split(folder: Path) -> SimpleNamespace:
             "category": "square",
             "height": 24,
             "width": 32,
-            "annotation": {"id": index, "bbox": [index, 4, 10, 8], "segmentation": [square]},
-            "neighbours": [{"id": 99, "bbox": [0, 16, 32, 8], "segmentation": [[0, 16, 32, 16, 32, 24, 0, 24]]}],
+            "annotation": {"id": index, "category_id": 1, "bbox": [index, 4, 10, 8], "segmentation": [square]},
+            "neighbours": [
+                {
+                    "id": 99,
+                    "category_id": 1 if index % 2 else 2,
+                    "bbox": [0, 16, 32, 8],
+                    "segmentation": [[0, 16, 32, 16, 32, 24, 0, 24]],
+                }
+            ],
         }
         for number, text in enumerate(("the square", "bad square", "the square on the left")):
             sent_id = 3 * index + number
@@ -79,7 +88,7 @@ def read_split(folder: Path) -> SimpleNamespace:
 def install(split: Path, patch) -> None:
     """Let the benchmark find the fakes; `patch` is setattr, or pytest's monkeypatch.setattr."""
     patch(data, "load", lambda spec: read_split(split / spec.replace(":", "_")), raising=False)
-    patch(benchmark, "checkpoint_path", lambda checkpoint: split / "weights")
+    patch(benchmark, "checkpoint_path", lambda checkpoint: split / checkpoint.file)
     patch(methods, "METHODS", {"fake": "tests.fake_benchmark:Fake"})
     patch(benchmark, "METHODS", methods.METHODS)
     methods._load.cache_clear()

@@ -14,6 +14,7 @@ from PIL import Image
 from tests import fake_benchmark
 from tests.fake_benchmark import Fake
 from wris_lib import benchmark, report
+from wris_lib.backbones.checkpoints import get_stack
 from wris_lib.errors import WrisError
 
 IMAGES = 8
@@ -25,7 +26,8 @@ def split(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "split"
     fake_benchmark.make_split(folder / "fake_val", IMAGES)
     fake_benchmark.make_split(folder / "fake_testA", 2)
-    (folder / "weights").write_bytes(b"one")
+    for checkpoint in get_stack("toy").checkpoints:
+        (folder / checkpoint.file).write_bytes(b"one")
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path / "cache"))
     fake_benchmark.install(folder, monkeypatch.setattr)
     for name, value in (("calls", 0), ("pause", 0.0), ("fail_at", None)):
@@ -65,6 +67,7 @@ def test_figures_by_hand(split, tmp_path):
         "position": 2,
         "Position": 2,
         "Others": 4,
+        "same-category distractor": 3,
     }
     assert means(row["kinds"]["noun"])["mIoU"] == 100
     assert means(row["kinds"]["attribute"])["P@0.3"] == 0
@@ -80,6 +83,7 @@ def test_the_file_has_the_promised_form(split, tmp_path):
     made = results["made"]
     assert set(made) == {"command", "date", "device", "seeds", "versions"}
     assert made["seeds"] == [3]
+    assert made["versions"] == benchmark.versions() and made["device"] == benchmark.device_name()
     assert made["command"] == (
         "python -m wris_lib benchmark --method 'fake bright' --data fake:val --name out --stack toy --seed 3 --limit 5"
     )
@@ -120,13 +124,14 @@ def test_records_lead_back_to_the_split(split):
     assert record["expression"] == "bad square"
     assert record["kind"] == "attribute"
     assert record["outcome"] == "leak"
+    assert record["twins"] == 1
 
 
-@pytest.mark.parametrize("change", ["weights", "picture", "outline", "expression", "code"])
+@pytest.mark.parametrize("change", ["clip.safetensors", "parser.msgpack", "picture", "outline", "expression", "code"])
 def test_records_do_not_outlive_what_made_them(split, monkeypatch, tmp_path, change):
     benchmark.records("fake bright", "fake:val")
-    if change == "weights":
-        (split / "weights").write_bytes(b"two")
+    if (split / change).exists():  # weights
+        (split / change).write_bytes(b"two")
     elif change == "picture":
         Image.new("RGB", (32, 24), "white").save(split / "fake_val" / "0.png")
     elif change == "code":
@@ -143,6 +148,30 @@ def test_records_do_not_outlive_what_made_them(split, monkeypatch, tmp_path, cha
         monkeypatch.setattr(benchmark.data, "load", lambda spec: type("Split", (), {"items": items}))
     benchmark.records("fake bright", "fake:val")
     assert Fake.calls == 2 * IMAGES
+
+
+def test_weights_that_a_row_does_not_use_are_not_its_business(split):
+    before = benchmark.records("fake bright", "fake:val")
+    for name in ("sam.safetensors", "ppt.safetensors"):
+        (split / name).write_bytes(b"two")
+    assert benchmark.records("fake bright", "fake:val") == before
+    assert Fake.calls == IMAGES
+
+
+def test_what_is_no_row_is_measured_alike_and_not_kept(split, tmp_path):
+    items, predict = fake_benchmark.read_split(split / "fake_val").items, benchmark.predictor(Fake(wide=False))
+    every, some = benchmark.measure(predict, items), benchmark.measure(predict, items, limit=7, seed=1)
+    assert Fake.calls == IMAGES + 3
+    assert list((tmp_path / "cache").rglob("*.jsonl")) == []
+    assert every == benchmark.records("fake bright", "fake:val")
+    assert sorted(some, key=lambda record: record["item"]) == benchmark.records("fake bright", "fake:val", 7, 1)
+
+
+def test_a_method_without_variants_is_a_row_of_its_own_name(split, monkeypatch):
+    monkeypatch.setattr(Fake, "variants", {"": {}})
+    (row,) = benchmark.contestants("fake")
+    assert (row.name, row.method, row.options) == ("fake", "fake", {})
+    assert {record["kind"] for record in benchmark.records("fake", "fake:testA")} == set(fake_benchmark.KINDS)
 
 
 def test_killed_and_resumed_equals_uninterrupted(split, tmp_path, monkeypatch):
@@ -219,7 +248,7 @@ def test_two_runs_at_once_share_the_work(split):
 
 def test_rows_of_other_runs_stay(split, tmp_path, monkeypatch):
     benchmark.run(["fake"], ["fake:val"], "out", folder=tmp_path)
-    monkeypatch.setattr(benchmark, "_device", lambda: "another machine")
+    monkeypatch.setattr(benchmark, "device_name", lambda: "another machine")
     results = benchmark.run(["fake bright"], ["fake:val", "fake:testA"], "out", limit=3, folder=tmp_path)
     assert [(row["name"], row["data"], row["n"]) for row in results["rows"]] == [
         ("fake bright", "fake:val", 3),  # replaced, in its place
@@ -254,6 +283,10 @@ def test_the_oracle_gets_the_true_box(split, monkeypatch):
     assert asked[3] == [1, 4, 11, 12]
     assert {record["iou"] for record in found} == {1}
     assert {record["hit"] for record in found} == {None}
+    for name, times in (("clip.safetensors", 1), ("sam.safetensors", 2)):  # other weights of SAM make other records
+        (split / name).write_bytes(b"two")
+        benchmark.records("sam box", "fake:val")
+        assert len(asked) == times * len(found)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ def rectangle(x0: int, y0: int, x1: int, y1: int, side: int = 20) -> np.ndarray:
     return mask
 
 
-def record(image: int, mask: np.ndarray, referent: np.ndarray, expression: str = "the dog", kind=None, **more):
+def record(
+    image: int, mask: np.ndarray, referent: np.ndarray, expression: str = "the dog", kind=None, twins: int = 0, **more
+):
     scored = evaluate.score(mask, referent, **more)
-    return {"image": image, "expression": expression, "kind": kind, **scored}
+    return {"image": image, "expression": expression, "kind": kind, "twins": twins, **scored}
 
 
 def test_iou_by_hand():
@@ -229,19 +231,26 @@ def test_summary_invariants(cases):
 def test_breakdown_by_kind_and_by_words():
     records = [
         record(1, REFERENT, REFERENT, "the dog on the left", "position"),
-        record(1, NEIGHBOUR, REFERENT, "the dog", "noun"),
+        record(1, NEIGHBOUR, REFERENT, "the dog", "noun", twins=2),
         record(2, REFERENT, REFERENT, "the dog", "noun"),
     ]
-    groups = evaluate.breakdown(records)
-    assert {name: group["n"] for name, group in groups.items()} == {
-        "position": 1,
-        "noun": 2,
-        "Position": 1,
-        "Others": 2,
+    left, wrong, right = records
+    expected = {
+        "position": [left],
+        "noun": [wrong, right],
+        "Position": [left],
+        "Others": [wrong, right],
+        "same-category distractor": [wrong],
     }
+    assert evaluate.groups(records) == expected
+    groups = evaluate.breakdown(records)
+    assert list(groups) == list(expected)
+    for name, members in expected.items():
+        assert groups[name] == {"n": len(members), "metrics": evaluate.summarize(members)}
     assert groups["noun"]["metrics"]["mIoU"]["mean"] == 50
     # People's sentences come without a kind.
     unknown = [one | {"kind": None} for one in records]
-    assert list(evaluate.breakdown(unknown)) == ["Position", "Others"]
-    related = evaluate.breakdown([unknown[0] | {"expression": "the dog next to the man"}])
-    assert related["with relation word"]["n"] == related["Others"]["n"] == 1
+    assert list(evaluate.groups(unknown)) == ["Position", "Others", "same-category distractor"]
+    related = [unknown[0] | {"expression": "the dog next to the man"}]
+    assert evaluate.groups(related) == {"Others": related, "with relation word": related}
+    assert evaluate.groups([]) == {}

@@ -216,5 +216,5 @@ def test_the_exercises_are_what_the_library_does():
     np.testing.assert_allclose(points, theirs, rtol=1e-6)
     np.testing.assert_array_equal(labels, their_labels)
     costs = np.random.default_rng(0).random((6, 3)).astype(np.float32)
-    found = library_match({"score": torch.from_numpy(costs)[None]}, torch.ones(1, 3, dtype=torch.bool), LossWeights())
+    found = library_match({"points": torch.from_numpy(costs)[None]}, torch.ones(1, 3, dtype=torch.bool), LossWeights())
     assert sorted(match(costs)) == sorted(zip(found.query.tolist(), found.label.tolist(), strict=True))

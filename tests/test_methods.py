@@ -1,5 +1,7 @@
 """`segment` and CLIP + SAM, with a CLIP whose maps are known and a SAM that draws discs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,11 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from wris_lib import methods
+from wris_lib.backbones.checkpoints import Stack
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam
 from wris_lib.errors import WrisError
 from wris_lib.methods import clip_sam
-from wris_lib.methods.clip_sam import ClipSam, enlarge, points_from_map, scale
+from wris_lib.methods.clip_sam import ClipSam, PointRule, enlarge, points_from_map, scale
 
 
 class FakeClip:
@@ -141,7 +144,7 @@ def test_models_are_loaded_once(models, monkeypatch):
         ({"expression": " \n"}, "the expression is empty"),
         ({"expression": ["x=1 y=1", " "]}, "the expression is empty"),
         ({"image": "/no/such/file.jpg"}, "no image file /no/such/file.jpg"),
-        ({"method": "ptt"}, "no method 'ptt'; choose one of: clip_sam"),
+        ({"method": "ptt"}, "no method 'ptt'; choose one of: clip_sam, ppt"),
         ({"stack": "big"}, "no stack 'big'"),
         ({"kind": "fancy"}, "clip_sam has no kind 'fancy'; choose one of: plain, surgery"),
         ({"points": 3}, "clip_sam has no option 'points'; it has: kind, device"),
@@ -156,6 +159,7 @@ def test_every_registered_method_keeps_to_the_rules():
     for name in methods.METHODS:
         cls = methods.get_method(name)
         assert issubclass(cls, methods.Method)
+        assert set(cls.parts) <= {field.name for field in dataclasses.fields(Stack)} - {"name"}
         for variant, options in cls.variants.items():
             assert " " not in variant
             hash(tuple(options.items()))
@@ -166,7 +170,7 @@ def test_a_real_sam_takes_the_prompts():
     sam = Segmenter(build_toy_sam())
     embedded = sam.embed(IMAGE)
     method = ClipSam.__new__(ClipSam)
-    method.sam, method.kind = sam, "surgery"
+    method.sam, method.kind, method.rule = sam, "surgery", PointRule()
     prediction = method._segment(embedded, np.arange(16, dtype=np.float32).reshape(4, 4))
     assert prediction.mask.shape == (40, 80)
     assert prediction.score == pytest.approx(prediction.trace[-1].scores.max())
@@ -183,6 +187,14 @@ def test_points_by_hand():
     assert labels.tolist() == [1, 1, 0, 0]
 
 
+def test_points_by_another_rule():
+    response_map = np.array([[0.0, 10, 8, 1], [7.9, 2, 3, 4]], np.float32)
+    points, labels = points_from_map(response_map, 40, 40, PointRule(threshold=0.4, most=3, negatives=False))
+    assert points.tolist() == [[15, 10], [25, 10], [5, 30]] and labels.tolist() == [1, 1, 1]  # 4 would reach it, too
+    points, labels = points_from_map(response_map, 40, 40, PointRule(threshold=0.4))
+    assert points[:4].tolist() == [[15, 10], [25, 10], [5, 30], [35, 30]] and labels.tolist() == [1] * 4 + [0] * 4
+
+
 def test_a_flat_map_still_gives_points():
     points, labels = points_from_map(np.full((4, 4), 7, np.float32), 16, 16)
     assert labels.tolist() == [1, 0]
@@ -197,13 +209,17 @@ def test_a_single_cell_is_positive():
 maps = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.floats(-5, 5, width=16))
 
 
+rules = st.builds(PointRule, st.floats(0, 1), st.integers(1, 20), st.booleans())
+
+
 @settings(deadline=None)
-@given(maps, st.integers(1, 500), st.integers(1, 500))
-def test_points_invariants(response_map, width, height):
-    points, labels = points_from_map(response_map, width, height)
+@given(maps, st.integers(1, 500), st.integers(1, 500), rules)
+def test_points_invariants(response_map, width, height, rule):
+    points, labels = points_from_map(response_map, width, height, rule)
     positive = int(labels.sum())
-    assert 1 <= positive <= clip_sam.POINTS
-    assert len(labels) - positive <= positive <= max(1, response_map.size // 2)
+    assert 1 <= positive <= rule.most and labels[:positive].all()
+    assert len(labels) - positive == (min(positive, response_map.size - 1) if rule.negatives else 0)
+    assert positive <= max(1, response_map.size // 2)
     assert (points > 0).all() and (points[:, 0] < width).all() and (points[:, 1] < height).all()
     rows, columns = response_map.shape
     cells = {(min(int(y * rows / height), rows - 1), min(int(x * columns / width), columns - 1)) for x, y in points}

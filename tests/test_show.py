@@ -177,3 +177,34 @@ def test_a_gallery_is_small_enough_for_a_notebook():
 def test_pyplot_is_left_alone():
     show.overlay(IMAGE, PREDICTION, "the left dog").jpeg  # noqa: B018
     assert pyplot.get_fignums() == []
+
+
+def test_queries_are_drawn_a_colour_each_with_lines_from_their_anchors():
+    points = np.array([[[10.0, 10.0], [20.0, 12.0]], [[40.0, 30.0], [50.0, 36.0]]])
+    queries = show.Queries(points, np.array([[1, 0], [1, 1]]), points.mean(axis=1), np.array([0.9, 0.1], np.float32))
+    picture = show.grid([show.Panel(IMAGE, queries=queries)])
+    assert legend(picture) == ["anchor", "positive point", "negative point"]
+    (axes,) = picture.figure.axes
+    assert len(axes.lines) == 2 * (2 + 2 + 1)  # a line and a marker a point, and the anchor
+    faint, strong = axes.lines[0], axes.lines[5]  # the strongest comes last, on top
+    assert faint.get_alpha() < strong.get_alpha() == 1
+    assert (faint.get_color(), strong.get_color()) == show.REGIONS[1::-1]
+    without = show.grid([show.Panel(IMAGE, queries=show.Queries(points, np.ones((2, 2), int)))])
+    assert legend(without) == ["positive point"]
+    assert len(without.figure.axes[0].lines) == 4
+
+
+def test_matching_shows_the_pairs_on_the_image_and_in_the_table():
+    places, boxes = np.array([[5.0, 5.0], [30.0, 20.0], [55.0, 40.0]]), np.array([[0, 0, 10, 10], [50, 30, 60, 46.0]])
+    costs = np.array([[0.25, 3.0], [2.0, 2.0], [4.0, 1.0]])
+    picture = show.matching(IMAGE, places, boxes, costs, [(0, 0), (2, 1)], "the left dog", ["dog", "cat"])
+    image, table = picture.figure.axes
+    assert image.get_title() == "the left dog"
+    assert [label.get_text() for label in table.get_xticklabels()] == ["dog", "cat"]
+    np.testing.assert_array_equal(image.lines[1].get_xydata(), [places[2], [55, 38]])  # to the middle of its box
+    assert [text.get_text() for text in image.texts] == ["0", "1", "2"]
+    assert [text.get_text() for text in table.texts] == ["0.2", "3.0", "2.0", "2.0", "4.0", "1.0"]
+    assert len(table.patches) == 2
+    assert share_of(show.REGIONS[0], picture) > 0.001
+    unnamed = show.matching(IMAGE, places, boxes, costs, []).figure.axes[1]
+    assert [label.get_text() for label in unnamed.get_xticklabels()] == ["object 0", "object 1"]

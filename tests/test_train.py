@@ -219,6 +219,14 @@ fit(model, unused_in_even_shares, numbered, replace(RECIPE, shares=2), {str(tmp_
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in two["log"]], rel=1e-4)
 
 
+def test_every_tensor_of_a_batch_is_moved():
+    batch = {"x": torch.ones(2), "more": [torch.zeros(1), ("word", None, torch.ones(3))], "number": 4}
+    moved = train.move(batch, torch.device("meta"))
+    assert moved["x"].is_meta and moved["more"][0].is_meta and moved["more"][1][2].is_meta
+    assert type(moved["more"][1]) is tuple and moved["more"][1][:2] == ("word", None) and moved["number"] == 4
+    assert not batch["x"].is_meta  # the caller's are left as they were
+
+
 def test_processes_that_cannot_divide_the_batch_evenly(tmp_path, monkeypatch):
     class Three:
         num_processes, process_index, is_main_process = 3, 0, True

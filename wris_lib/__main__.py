@@ -78,6 +78,20 @@ def build_parser() -> argparse.ArgumentParser:
     measured.add_argument("--seed", type=int, default=0, help="of that draw and of the intervals (0)")
     measured.add_argument("--stack", help=STACK_HELP)
 
+    learned = add(train, "train a method without any mask")
+    learned.add_argument("method", choices=["ppt"])
+    learned.add_argument("--data", default="toyref:train", metavar="SPLIT", help="sentences (toyref:train)")
+    learned.add_argument("--objects", type=Path, metavar="FOLDER", help="object-centric pictures (ToyObjects)")
+    learned.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
+    learned.add_argument("--seed", type=int, help="of all that is drawn (0); of a study only this one, not three")
+    learned.add_argument("--folder", type=Path, help="where checkpoints are kept (in the cache)")
+    learned.add_argument("--stack", help=STACK_HELP)
+    studies = learned.add_mutually_exclusive_group()
+    studies.add_argument("--ablation", action="store_true", help="instead: the paper's Table 3, into results/")
+    studies.add_argument("--study", action="store_true", help="instead: K, M and the loss, one change at a time")
+    studies.add_argument("--pseudo-labels", action="store_true", help="instead: how good the pseudo-labels are")
+    studies.add_argument("--cache-speed", action="store_true", help="instead: an epoch with and without the cache")
+
     trained = add(pretrain, "train a toy model from scratch")
     trained.add_argument("model", choices=["clip", "sam", "parser"])
     trained.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
@@ -125,6 +139,25 @@ def benchmark(options: argparse.Namespace) -> None:
     name = options.name or options.method[0].split(" ")[0] + limited
     results = run(options.method, options.data, name, options.limit, options.seed, options.stack)
     print(report.table(results))
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a method on expressions without masks. A run that was stopped goes on where it was; a study's trainings
+    are shared by as many processes as are started with the same command."""
+    from wris_lib.backbones.checkpoints import get_stack
+    from wris_lib.methods.ppt import run
+    from wris_lib.studies import ppt as studies
+
+    if options.pseudo_labels:
+        studies.pseudo_labels()
+    elif options.cache_speed:
+        studies.cache_speed()
+    elif options.ablation or options.study:
+        seeds = studies.SEEDS if options.seed is None else (options.seed,)
+        (studies.ablation if options.ablation else studies.study)(options.steps, seeds)
+    else:
+        stack = get_stack(options.stack).name
+        run.main(stack, options.data, options.objects, options.steps, options.seed or 0, options.folder)
 
 
 def pretrain(options: argparse.Namespace) -> None:

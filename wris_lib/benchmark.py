@@ -31,16 +31,16 @@ from tqdm.auto import tqdm
 import wris_lib
 from wris_lib import data, evaluate, report
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
+from wris_lib.backbones.features import PACKAGES
 from wris_lib.backbones.sam import load_sam
 from wris_lib.data.images import check_expression, load_image
 from wris_lib.data.refer import EvaluationItem
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import Record
 from wris_lib.files import cache_dir, readable_errors, sha256
-from wris_lib.methods import METHODS, get_method, load_method
+from wris_lib.methods import METHODS, Method, get_method, load_method
 
 ORACLE = "sam box"
-PACKAGES = ("torch", "open_clip_torch", "segment-anything", "numpy", "pillow")
 
 # An image and the questions about it -> for each question a mask and a response map, or None in place of a map.
 Predict = Callable[[Image.Image, list[EvaluationItem]], list[tuple[np.ndarray, np.ndarray | None]]]
@@ -70,13 +70,17 @@ class Contestant:
                 return [(mask, None) for mask in masks]
 
             return predict
-        method = load_method(self.method, stack, **self.options)
+        return predictor(load_method(self.method, stack, **self.options))
 
-        def predict(image: Image.Image, items: list[EvaluationItem]):
-            answers = method.predict(image, [check_expression(item.expression) for item in items])
-            return [(answer.mask, answer.response_map) for answer in answers]
 
-        return predict
+def predictor(method: Method) -> Predict:
+    """A method as the benchmark asks it."""
+
+    def predict(image: Image.Image, items: list[EvaluationItem]):
+        answers = method.predict(image, [check_expression(item.expression) for item in items])
+        return [(answer.mask, answer.response_map) for answer in answers]
+
+    return predict
 
 
 def contestants(name: str) -> list[Contestant]:
@@ -95,7 +99,7 @@ def contestants(name: str) -> list[Contestant]:
     rows = []
     if method in METHODS:
         variants = get_method(method).variants
-        rows = [Contestant(f"{method} {variant}", method, options) for variant, options in variants.items()]
+        rows = [Contestant(f"{method} {variant}".strip(), method, options) for variant, options in variants.items()]
     chosen = [row for row in rows if name in (method, row.name)]
     if not chosen:
         known = [*METHODS, *(row.name for row in rows), ORACLE]
@@ -155,9 +159,9 @@ def run(
     made = {
         "command": shlex.join(["python", "-m", "wris_lib", "benchmark", *flags]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": _device(),
+        "device": device_name(),
         "seeds": [seed],
-        "versions": _versions(),
+        "versions": versions(),
     }
     return report.write(Path(folder) / f"{name}.json", made, rows)
 
@@ -186,15 +190,31 @@ def records(name: str, spec: str, limit: int | None = None, seed: int = 0, stack
     return _records(rows[0], spec, data.load(spec).items, limit, seed, stack)
 
 
-def _records(
-    row: Contestant, spec: str, items: Sequence[EvaluationItem], limit: int | None, seed: int, stack: str
-) -> list[Record]:
-    if limit is not None and limit < 1:
-        raise WrisError(f"the limit is {limit}, but at least one expression is needed.")
+def measure(predict: Predict, items: Sequence[EvaluationItem], limit: int | None = None, seed: int = 0) -> list[Record]:
+    """Records of something that is no row of the benchmark, such as a generator in training; they are not kept.
+
+    Args:
+        predict: see `predictor`.
+        items: of a split.
+        limit: see `records`.
+        seed: see `records`.
+    """
+    chosen = _draw(list(_by_image(items).values()), limit, seed)
+    return [record for indices in chosen for record in _measure(predict, {index: items[index] for index in indices})]
+
+
+def _by_image(items: Sequence[EvaluationItem]) -> dict[Path, list[int]]:
+    """The numbers of each image's items."""
     images: dict[Path, list[int]] = {}
     for index, item in enumerate(items):
         images.setdefault(item.image_path, []).append(index)
-    chosen = _draw(list(images.values()), limit, seed)
+    return images
+
+
+def _records(
+    row: Contestant, spec: str, items: Sequence[EvaluationItem], limit: int | None, seed: int, stack: str
+) -> list[Record]:
+    chosen = _draw(list(_by_image(items).values()), limit, seed)
 
     path = cache_dir() / "benchmark" / f"{_slug(row.name)}-{_slug(spec)}-{_key(row, stack, items)}.jsonl"
     with readable_errors(path.parent):
@@ -219,6 +239,8 @@ def _draw(images: list[list[int]], limit: int | None, seed: int) -> list[list[in
     """Images in random order until their expressions are enough."""
     if limit is None:
         return images
+    if limit < 1:
+        raise WrisError(f"the limit is {limit}, but at least one expression is needed.")
     order = np.random.default_rng(seed).permutation(len(images))
     lengths = np.cumsum([len(images[index]) for index in order])
     return [images[index] for index in order[: np.searchsorted(lengths, limit) + 1]]
@@ -236,6 +258,7 @@ def _measure(predict: Predict, items: dict[int, EvaluationItem]) -> Iterator[Rec
                 " images that belong to the dataset."
             )
         about = {"item": index, "image": item.image_id, "expression": item.expression, "kind": item.kind}
+        about["twins"] = item.twins
         yield about | evaluate.score(mask, item.mask, item.others, response_map)
 
 
@@ -263,8 +286,11 @@ def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
     package = Path(wris_lib.__file__).parent
     code = [package / "benchmark.py", package / "evaluate.py"]
     code += [*(package / "backbones").glob("*.py"), *(package / "data").glob("*.py")]
+    parts = ("sam",)
     if row.method:
+        parts = get_method(row.method).parts
         code += Path(inspect.getfile(get_method(row.method))).parent.glob("*.py")
+    checkpoints = [part for name in parts if (part := getattr(get_stack(stack), name))]
     images = {path: sha256(path) for path in dict.fromkeys(item.image_path for item in items)}
     samples = [
         (images[item.image_path], item.expression, item.kind, item.annotation, item.neighbours) for item in items
@@ -272,19 +298,21 @@ def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
     content = {
         "row": (row.name, row.method, sorted(row.options.items())),
         "samples": samples,
-        "weights": [sha256(checkpoint_path(checkpoint)) for checkpoint in get_stack(stack).checkpoints],
+        "weights": [sha256(checkpoint_path(checkpoint)) for checkpoint in checkpoints],
         "code": [sha256(path) for path in sorted(code)],
-        "versions": _versions(),
-        "device": _device(),
+        "versions": versions(),
+        "device": device_name(),
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
-def _device() -> str:
+def device_name() -> str:
+    """What the models run on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 

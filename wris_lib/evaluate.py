@@ -179,20 +179,34 @@ def summarize(records: Sequence[Record], seed: int = 0, resamples: int = 1000) -
 
 
 def breakdown(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """`summarize` for each kind of expression, and for Position, Others and relation.
+    """`summarize` for each of `groups`.
 
     Args:
-        records: from `score`, each with the keys "image", "expression" and "kind" (None when not known).
+        records: see `groups`.
         seed: of the bootstrap.
 
     Returns:
-        Group name to {"n": number of expressions, "metrics": as from `summarize`}; empty groups are left out.
-        The toy world's kinds come first, then "Position" and "Others", which share the expressions between
-        them, then "with relation word".
+        Group name to {"n": number of expressions, "metrics": as from `summarize`}.
+    """
+    found = groups(records)
+    return {name: {"n": len(group), "metrics": summarize(group, seed)} for name, group in found.items()}
+
+
+def groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by what their expressions use.
+
+    Args:
+        records: from `score`, each with the keys "image", "expression", "kind" (None when not known) and "twins"
+            (how many other objects of the image have the referent's category).
+
+    Returns:
+        The toy world's kinds come first, then "Position" and "Others", which share the expressions between them, then
+        "with relation word" and "same-category distractor". Empty groups are left out.
     """
     kinds = dict.fromkeys(record["kind"] for record in records if record["kind"])
-    groups = {kind: [record for record in records if record["kind"] == kind] for kind in kinds}
-    groups["Position"] = [record for record in records if is_position(record["expression"])]
-    groups["Others"] = [record for record in records if not is_position(record["expression"])]
-    groups["with relation word"] = [record for record in records if is_relation(record["expression"])]
-    return {name: {"n": len(group), "metrics": summarize(group, seed)} for name, group in groups.items() if group}
+    found = {kind: [record for record in records if record["kind"] == kind] for kind in kinds}
+    found["Position"] = [record for record in records if is_position(record["expression"])]
+    found["Others"] = [record for record in records if not is_position(record["expression"])]
+    found["with relation word"] = [record for record in records if is_relation(record["expression"])]
+    found["same-category distractor"] = [record for record in records if record["twins"]]
+    return {name: group for name, group in found.items() if group}

@@ -7,6 +7,7 @@ disc and a negative one a black cross. The colours are Okabe and Ito's, which co
     stages(image, prediction, expression)              how the method came to it
     grid([judged(item, prediction), ...])              a gallery with the ground truth and the verdict
     grid([Panel(image, mask=..., title=...), ...])     anything else, side by side
+    matching(image, places, boxes, costs, pairs)       which of PPT's queries answers for which object
 
 Each gives a `Picture`, which shows itself in a notebook and can be saved. pyplot's global state is not touched.
 """
@@ -50,6 +51,23 @@ ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
 
 @dataclass
+class Queries:
+    """What PPT's generator proposes for one expression: K prompts of M points, drawn in a colour each.
+
+    Attributes:
+        points: [K, M, 2] as (x, y) in image pixels.
+        labels: [K, M], 1 positive, 0 negative.
+        anchors: [K, 2] in image pixels, from where lines go to the points; None: there are none.
+        scores: [K], 0..1: the lower, the fainter a prompt is drawn; None: all alike.
+    """
+
+    points: Float[np.ndarray, "k m 2"]
+    labels: Int[np.ndarray, "k m"]
+    anchors: Float[np.ndarray, "k 2"] | None = None
+    scores: Float[np.ndarray, "k"] | None = None
+
+
+@dataclass
 class Panel:
     """One image and what to draw over it; what is None is not drawn.
 
@@ -63,6 +81,7 @@ class Panel:
         point_labels: [N], 1 positive, 0 negative; without it all points are positive.
         box: XYXY in pixels.
         regions: masks [H, W] by the name that the legend gives them, in flat colours over the paled image.
+        queries: of PPT's generator.
     """
 
     image: ImageSource
@@ -74,6 +93,7 @@ class Panel:
     point_labels: Int[np.ndarray, "n"] | None = None
     box: Float[np.ndarray, "4"] | None = None
     regions: dict[str, Bool[np.ndarray, "H W"]] | None = None
+    queries: Queries | None = None
 
 
 class Picture:
@@ -240,9 +260,88 @@ def draw(axes: Axes, panel: Panel) -> dict[str, Artist]:
             if chosen.any():
                 style = {"marker": marker, "ls": "", "ms": 6, "mfc": face, "mec": edge, "mew": 0.8}
                 (legend[name],) = axes.plot(*panel.points[chosen].T, **style)
+    if panel.queries is not None:
+        legend |= _draw_queries(axes, panel.queries)
     axes.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     return legend
+
+
+def matching(
+    image: ImageSource,
+    places: Float[np.ndarray, "k 2"],
+    boxes: Float[np.ndarray, "y 4"],
+    costs: Float[np.ndarray, "k y"],
+    pairs: Sequence[tuple[int, int]],
+    title: str = "",
+    names: Sequence[str] | None = None,
+) -> Picture:
+    """Which query answers for which object: on the image, and in the table of costs.
+
+    Args:
+        image: whatever `load_image` takes.
+        places: where each query is, (x, y) in pixels.
+        boxes: of the objects, XYXY in pixels.
+        costs: of every query with every object.
+        pairs: (query, object), those that were chosen.
+        title: above the image.
+        names: of the objects; None: their numbers.
+    """
+    image = load_image(image)
+    names = [f"object {y}" for y in range(len(boxes))] if names is None else names
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 0.85))
+    draw(left, Panel(image))
+    owner = dict(pairs)
+    for (x0, y0, x1, y1), color in zip(boxes, cycle(REGIONS), strict=False):
+        for edge, width in (("white", 4.5), (color, 2.5)):
+            left.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, ec=edge, lw=width))
+    for k, place in enumerate(places):
+        color = REGIONS[owner[k] % len(REGIONS)] if k in owner else "white"
+        if k in owner:
+            box = boxes[owner[k]]
+            left.plot(*np.stack([place, (box[:2] + box[2:]) / 2]).T, color=color, lw=2.5)
+        around = {"boxstyle": "circle", "fc": color, "alpha": 0.9}
+        left.text(*place, str(k), ha="center", va="center", fontsize=9, color=_readable(color), bbox=around)
+    left.set_title(_wrapped(title, 4.0), fontsize=10, parse_math=False)
+    shown = right.imshow(costs, cmap="cividis_r", aspect="auto")
+    for (k, y), cost in np.ndenumerate(costs):
+        ink = _readable(shown.to_rgba(cost))
+        right.text(y, k, f"{cost:.1f}", ha="center", va="center", fontsize=8, color=ink)
+    for k, y in pairs:
+        color = REGIONS[y % len(REGIONS)]
+        right.add_patch(Rectangle((y - 0.47, k - 0.44), 0.94, 0.88, fill=False, ec=color, lw=3))
+    right.set_xticks(range(len(boxes)), names, fontsize=8)
+    right.set_yticks(range(len(costs)))
+    right.set_ylabel("query")
+    right.set_title("what each pair would cost, and the pairs that are taken", fontsize=10)
+    return Picture(figure)
+
+
+def _readable(color: str | tuple[float, ...]) -> str:
+    """Black or white, whichever can be read on a colour."""
+    red, green, blue, _ = to_rgba(color)
+    return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+
+
+def _draw_queries(axes: Axes, queries: Queries) -> dict[str, Artist]:
+    legend: dict[str, Artist] = {}
+    count = len(queries.points)
+    strength = np.ones(count)
+    if queries.scores is not None:
+        strength = np.clip(0.1 + 0.9 * (queries.scores / max(queries.scores.max(), 1e-9)) ** 2, 0, 1)
+    for k in np.argsort(strength):  # the strongest on top
+        color, alpha = REGIONS[k % 7], strength[k]  # all but black; neighbours on a grid of four rows differ
+        for place, label in zip(queries.points[k], queries.labels[k], strict=True):
+            name, marker, edge = ("positive point", "o", "black") if label else ("negative point", "X", "white")
+            if queries.anchors is not None:
+                axes.plot(*np.stack([queries.anchors[k], place]).T, color=color, lw=1.5, alpha=alpha)
+            axes.plot(*place, marker, ms=8, mfc=color, mec=edge, mew=0.8, alpha=alpha)
+            legend[name] = Line2D([], [], marker=marker, ls="", mfc="grey", mec=edge)
+        if queries.anchors is not None:
+            axes.plot(*queries.anchors[k], "+", color="black", ms=9, mew=2, alpha=alpha)
+            legend["anchor"] = Line2D([], [], marker="+", ls="", color="black")
+    return {name: legend[name] for name in ("anchor", "positive point", "negative point") if name in legend}
 
 
 def _fill(axes: Axes, mask: Bool[np.ndarray, "H W"], rgba: tuple[float, ...], extent: tuple[float, ...]) -> None:

@@ -148,7 +148,7 @@ def fit(
             values: dict[str, float] = {}
             for number in (step * recipe.shares + share for share in own_shares):
                 torch.manual_seed(recipe.seed * 1_000_003 + number)
-                batch = _move(batches(number), device)
+                batch = move(batches(number), device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                     terms = loss(model, batch, step)
                 (terms["loss"] / recipe.shares).backward()
@@ -247,11 +247,12 @@ def _held_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _move(batch: Any, device: torch.device) -> Any:
+def move(batch: Any, device: torch.device) -> Any:
+    """Every tensor in a batch on a device; dicts, lists and tuples are looked into."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
-        return {name: _move(value, device) for name, value in batch.items()}
+        return {name: move(value, device) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_move(value, device) for value in batch)
+        return type(batch)(move(value, device) for value in batch)
     return batch

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wris_lib.backbones import feature_store
-from wris_lib.backbones.feature_store import Encoder, Rows, open_features
+from wris_lib.backbones.feature_store import Encoder, JoinedStores, Rows, open_features
 from wris_lib.errors import WrisError
 
 FORK = multiprocessing.get_context("fork")
@@ -103,6 +103,41 @@ def test_rows_may_be_an_array_or_a_tensor_and_what_is_read_may_be_changed(store)
     assert store[[7]]["map"].any()
     with pytest.raises(IndexError):
         store[[ROWS]]
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    """Three stores one behind the other; row n of the whole has the number n."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WRIS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        starts, counts = (0, 3, 4), (3, 1, 5)
+        parts = [
+            open_features(PLAIN, Rows([f"{start} {row}" for row in range(count)], lambda row, start=start: start + row))
+            for start, count in zip(starts, counts, strict=True)
+        ]
+        assert [len(part) for part in parts] == list(counts)
+        return JoinedStores(parts)
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=12))
+def test_joined_stores_are_read_as_one(joined, chosen):
+    assert len(joined) == 9
+    for rows in (chosen, np.array(chosen), torch.tensor(chosen)):
+        found = joined[rows]
+        assert list(found) == ["map", "number"]
+        assert found["number"].tolist() == chosen
+        assert found["map"].dtype == torch.float16 and found["map"].shape == (len(chosen), 4, 6)
+        assert found["map"][:, 0, 0].tolist() == found["map"][:, 3, 5].tolist() == chosen
+
+
+@pytest.mark.parametrize("row", [9, -1])
+def test_joined_stores_have_no_row_beyond_their_ends(joined, row):
+    with pytest.raises(IndexError):
+        joined[[row]]
+
+
+def test_the_number_of_rows(store):
+    assert len(store) == ROWS
 
 
 def test_a_finished_store_is_only_read(cache):

@@ -249,6 +249,15 @@ def test_others_are_the_image_s_other_objects_but_no_crowds(root):
     assert ReferEvaluation(root, "refcoco", "testB").items[0].others == []
 
 
+def test_twins_are_the_others_of_the_referent_s_category(root):
+    instances = json.loads(json.dumps(INSTANCES))
+    instances["annotations"] += [annotation(73, 7, 18, [square(0, 0, 3)]), annotation(81, 8, 18, [square(0, 0, 3)])]
+    instances["annotations"] += [annotation(82, 8, 18, [square(9, 9, 3)]), annotation(83, 8, 1, [square(5, 5, 3)])]
+    write(root, instances=instances)
+    twins = {split: ReferEvaluation(root, "refcoco", split).items[0].twins for split in ("train", "testB")}
+    assert twins == {"train": 1, "testB": 2}  # a person beside a person and a dog; a dog beside two dogs and a person
+
+
 @pytest.mark.parametrize("encode", [compressed, uncompressed])
 @pytest.mark.parametrize("mask", [filled(3, 4, 5), filled(0, 0, 20), filled(0, 0, 0)])
 def test_run_lengths(encode, mask):
@@ -285,7 +294,7 @@ def test_training_items_raise_on_every_mask(root, split):
     truths = {name for name in dir(EvaluationItem) if not name.startswith("_")}
     truths |= {field.name for field in dataclasses.fields(EvaluationItem)}
     truths -= {field.name for field in dataclasses.fields(Expression)}
-    assert {"mask", "box", "parts", "others", "category", "annotation", "neighbours"} <= truths
+    assert {"mask", "box", "parts", "others", "twins", "category", "annotation", "neighbours"} <= truths
     for item in ReferExpressions(root, "refcoco", split).items:
         assert type(item) is Expression
         for truth in truths:

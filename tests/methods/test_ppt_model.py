@@ -20,8 +20,11 @@ from wris_lib.methods.ppt.model import (
     Groups,
     PointGenerator,
     PointPrompts,
+    Whitening,
+    best_logits,
     cell_centres,
     encode_positions,
+    point_labels,
     prompt_sam,
     sample_at,
 )
@@ -32,26 +35,32 @@ SIZES = {"queries": 4, "points": 3, "fusion_width": 8, "fusion_heads": 2, "width
 
 def tiny(**variant: bool) -> PointGenerator:
     torch.manual_seed(0)
-    return PointGenerator(GeneratorConfig((6, 5, 7), 10, **SIZES, **variant))
+    generator = PointGenerator(GeneratorConfig((1, 2, "surgery"), (6, 5, 7), 10, **SIZES, **variant))
+    for whitening in (*generator.whiten_visual, generator.whiten_words):
+        whitening.fit(torch.randn(50, len(whitening.mean)) * torch.rand(len(whitening.mean)) + 0.3)
+    return generator
 
 
-def inputs(image: list[int], lengths: list[int], seed: int = 0) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Features of three stages, unlike in scale, of max(image) + 1 images, 2 rows by 4 columns; and words."""
+def inputs(image: list[int], lengths: list[int], seed: int = 0) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """Features of three stages, unlike in scale, of max(image) + 1 images, 2 rows by 4 columns; words; directions."""
     torch.manual_seed(seed)
     visual = [torch.randn(max(image) + 1, c, 2, 4) * scale for c, scale in ((6, 9.0), (5, 3.0), (7, 0.1))]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return visual, torch.randn(len(image), max(lengths), 10), mask, torch.tensor(image)
+    return visual, torch.randn(len(image), max(lengths), 10), mask, torch.tensor(image), torch.randn(len(image), 7)
 
 
 # ------------------------------------------------------------------------------------------------ a slow computation
 
 
-def slow_attention(attention: nn.Module, queries: Tensor, memory: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v, head by head: n d, m c -> n d."""
+def slow_attention(attention: nn.Module, queries: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + bias) v, head by head: n d, m c, h n m -> n d."""
     q, (k, v) = attention.query(queries), attention.memory(memory).chunk(2, dim=-1)
     size = q.shape[-1] // attention.heads
     heads = [slice(h * size, (h + 1) * size) for h in range(attention.heads)]
-    seen = [torch.softmax(q[:, h] @ k[:, h].T / size**0.5, dim=-1) @ v[:, h] for h in heads]
+    bias = [0] * attention.heads if bias is None else bias
+    seen = [
+        torch.softmax(q[:, h] @ k[:, h].T / size**0.5 + b, dim=-1) @ v[:, h] for h, b in zip(heads, bias, strict=True)
+    ]
     return attention.out(torch.cat(seen, dim=-1))
 
 
@@ -62,7 +71,7 @@ def slow_positions(points: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()
 
 
-def slow_tokens(features: Tensor) -> Tensor:
+def slow_tokens(features: Tensor, whitening: Whitening) -> Tensor:
     """c h w -> n c+64."""
     _, height, width = features.shape
     rows = []
@@ -70,18 +79,31 @@ def slow_tokens(features: Tensor) -> Tensor:
         for x in range(width):
             value = features[:, y, x]
             value = (value - value.mean()) / (value.var(unbiased=False) + 1e-5).sqrt()
+            value = (value - whitening.mean) @ whitening.matrix
             rows.append(torch.cat([value, slow_positions(np.array([[(x + 0.5) / width, (y + 0.5) / height]]))[0]]))
     return torch.stack(rows)
 
 
-def slow_generator(model: PointGenerator, visual: list[Tensor], words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def slow_generator(
+    model: PointGenerator, visual: list[Tensor], words: Tensor, direction: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The prompts of one expression about one image, without padding: V' and T' in full, equation by equation."""
     config = model.config
     side = int(config.queries**0.5)
     anchors = np.array([[(x + 0.5) / side, (y + 0.5) / side] for y in range(side) for x in range(side)])
     queries = model.embed_anchors(slow_positions(anchors)) if config.anchored else model.queries
+    centres = np.array([[(x + 0.5) / 4, (y + 0.5) / 2] for y in range(2) for x in range(4)])
+    squares = torch.from_numpy(((anchors[:, None] - centres) ** 2).sum(-1)).float()
+    if config.anchored:
+        # Over 2 rows of 4 columns each of 2×2 cells has two patches: one row, two columns.
+        surgery = (visual[-1] * direction[:, None, None]).sum(0)
+        cells = [surgery[row, 2 * a : 2 * a + 2] for row in range(2) for a in range(2)]
+        pooled = torch.stack([torch.stack([cell.max(), cell.mean()]) for cell in cells])  # K 2
+        pooled = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-5).sqrt()
+        queries = queries + model.embed_similarity(pooled)
+    words = (words - model.whiten_words.mean) @ model.whiten_words.matrix
     for n, (features, stage) in enumerate(zip(visual, model.stages, strict=True)):
-        fusion, image = stage.fusion, slow_tokens(features)
+        fusion, image = stage.fusion, slow_tokens(features, model.whiten_visual[n])
         v, t = fusion.visual_in(image), fusion.words_in(words)
         if n > 0:
             v, t = fusion.visual_norm(v + last_v), fusion.words_norm(t + last_t)  # noqa: F821
@@ -94,7 +116,10 @@ def slow_generator(model: PointGenerator, visual: list[Tensor], words: Tensor) -
             # Over 2 rows of 4 columns, an anchor of 2×2 lies in the middle of a row and between two columns.
             local = [image[[4 * row + 2 * a, 4 * row + 2 * a + 1]].mean(dim=0) for row in range(2) for a in range(2)]
             queries = queries + stage.local(torch.stack(local))
-        queries = stage.look_norm(queries + slow_attention(stage.look, queries, fused))
+        nearness = None  # the logarithm of a Gaussian around the anchor
+        if config.anchored:
+            nearness = [-squares / (2 * reach**2) for reach in stage.log_reach.exp()]
+        queries = stage.look_norm(queries + slow_attention(stage.look, queries, fused, nearness))
         if config.anchored:
             scale, shift = stage.film(text[-1]).chunk(2)
             queries = queries * (1 + scale) + shift
@@ -112,11 +137,12 @@ def slow_generator(model: PointGenerator, visual: list[Tensor], words: Tensor) -
 def test_equals_a_slow_computation_of_each_expression_alone(variant):
     model = tiny(**variant)
     image, lengths = [2, 0, 2, 2, 0], [3, 5, 1, 4, 5]  # image 1 has no expression, image 2 has three
-    visual, words, mask, index = inputs(image, lengths)
-    prompts = model(visual, words, mask, index)
+    visual, words, mask, index, directions = inputs(image, lengths)
+    prompts = model(visual, words, mask, index, directions)
     assert isinstance(prompts, PointPrompts)
     for e, (b, length) in enumerate(zip(image, lengths, strict=True)):
-        points, labels, scores = slow_generator(model, [features[b] for features in visual], words[e, :length])
+        seen = [features[b] for features in visual]
+        points, labels, scores = slow_generator(model, seen, words[e, :length], directions[e])
         torch.testing.assert_close(prompts.points[e], points, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(prompts.label_logits[e], labels, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(prompts.score_logits[e], scores, atol=1e-5, rtol=1e-4)
@@ -130,7 +156,8 @@ def test_everything_is_trained(variant):
         prompts.points.square().sum() + prompts.label_logits.square().sum() + prompts.score_logits.square().sum()
     ).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert model.trainable_parameters == sum(value.numel() for value in model.state_dict().values())
+    whitening = sum(c * c + c for c in (6, 5, 7, 10))  # is kept with the weights, and not trained
+    assert model.trainable_parameters == sum(value.numel() for value in model.state_dict().values()) - whitening
 
 
 def test_half_precision_does_not_round_places():
@@ -139,6 +166,25 @@ def test_half_precision_does_not_round_places():
         prompts = model(*inputs([0, 0], [4, 2]))
     assert prompts.points.dtype == prompts.label_logits.dtype == prompts.score_logits.dtype == torch.float32
     assert not torch.equal(prompts.points, prompts.points.bfloat16().float())
+
+
+def test_whitening_against_numpy():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(400, 5)) @ rng.normal(size=(5, 5)) * [100, 10, 1, 0.1, 0] + [3, 0, -8, 0, 1]
+    whitening = Whitening(5).double()
+    torch.testing.assert_close(whitening(torch.from_numpy(features)), torch.from_numpy(features))  # not fitted yet
+    whitening.fit(torch.from_numpy(features), floor=0.01)
+    white = whitening(torch.from_numpy(features)).numpy()
+    np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-9)
+    values, vectors = np.linalg.eigh(np.cov(features.T, bias=True))
+    expected = vectors @ np.diag(values / (values + 0.01 * values.mean())) @ vectors.T
+    np.testing.assert_allclose(np.cov(white.T, bias=True), expected, atol=1e-9)
+    assert not whitening.mean.requires_grad and not whitening.matrix.requires_grad
+
+
+def test_heads_reach_from_near_to_far():
+    reach = tiny(anchored=True).stages[0].log_reach.exp()
+    torch.testing.assert_close(reach, torch.tensor([0.08, 0.08**0.5, 1.0]))
 
 
 @settings(deadline=None, max_examples=40)
@@ -189,9 +235,10 @@ def test_left_and_right_can_be_learned(anchored):
     visual = [torch.ones(1, c, 4, 4) * torch.randn(1, c, 1, 1) for c in (6, 5, 7)]
     words, mask = torch.randn(2, 3, 10), torch.ones(2, 3, dtype=torch.bool)
     image, side = torch.zeros(2, dtype=torch.long), torch.tensor([0.0, 1.0])
+    directions = torch.randn(2, 7)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(50):
-        prompts = model(visual, words, mask, image)
+        prompts = model(visual, words, mask, image, directions)
         middle = prompts.points.detach()[..., 0].mean(dim=2)
         right = 1 - (middle - side[:, None]).abs()  # a score for being on the side that was asked for
         error = (prompts.points[..., 0] - side[:, None, None]).abs().mean() if not anchored else 0
@@ -199,7 +246,7 @@ def test_left_and_right_can_be_learned(anchored):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    prompts = model(visual, words, mask, image)
+    prompts = model(visual, words, mask, image, directions)
     best = prompts.score_logits.argmax(dim=1)
     x = prompts.points[torch.arange(2), best, :, 0].mean(dim=1)
     assert x[0] < 0.5 < x[1]
@@ -207,10 +254,12 @@ def test_left_and_right_can_be_learned(anchored):
 
 def test_sizes_that_do_not_go_together():
     with pytest.raises(WrisError, match="10 anchored queries do not fill a square grid"):
-        GeneratorConfig((6,), 10, queries=10)
-    GeneratorConfig((6,), 10, queries=10, anchored=False)
+        GeneratorConfig(("surgery",), (6,), 10, queries=10)
+    with pytest.raises(WrisError, match="the last stage must be 'surgery', not 2"):
+        GeneratorConfig(("surgery", 2), (6, 6), 10)
+    GeneratorConfig((1,), (6,), 10, queries=10, anchored=False)
     with pytest.raises(WrisError, match="widths must be multiples of their heads: 30 of 4, 64 of 8"):
-        GeneratorConfig((6,), 10, width=30)
+        GeneratorConfig(("surgery",), (6,), 10, width=30)
 
 
 # ------------------------------------------------------------------------------------------------------------- SAM
@@ -219,7 +268,7 @@ def test_sizes_that_do_not_go_together():
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
     torch.manual_seed(0)
-    return Segmenter(build_toy_sam())
+    return Segmenter(build_toy_sam(128))
 
 
 @pytest.fixture
@@ -229,21 +278,38 @@ def prompts() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 96, 16, 16), torch.rand(2, 3, 2), torch.tensor([[3.0, -1.0, 0.4], [-2.0, 0.1, -0.3]])
 
 
+def test_of_every_prompt_a_point_is_positive():
+    logits = [[[0.4, -1.0, 2.0], [-3.0, -0.5, -2.0]], [[0.0, -1e-6, -2.0], [-1.0, 1e-6, 0.0]]]
+    expected = [[[1, 0, 1], [0, 1, 0]], [[1, 0, 0], [0, 1, 0]]]
+    assert point_labels(torch.tensor(logits)).tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_labels_follow_the_logits(logits):
+    for row, labels in zip(logits, point_labels(torch.tensor(logits)).tolist(), strict=True):
+        assert labels == [int(logit > 0 or logit == max(row)) for logit in row]
+        assert any(labels)
+
+
 def test_masks_are_those_of_the_segmenter(segmenter, prompts):
-    """A wide image and a high one: their padding is what `extents` says."""
-    embeddings, points, logits = prompts
+    """A wide image and a high one: their padding is what `extents` says. A prompt whose points are all negative."""
+    embeddings, points, _ = prompts
+    logits, labels = torch.tensor([[3.0, -1.0, 0.4], [-2.0, -0.1, -0.3]]), torch.tensor([[1, 0, 1], [0, 1, 0]])
     side = segmenter.sam.image_encoder.img_size
     wide, high = (side // 2, side), (side, side // 2)
     images = [SamImage(embeddings[:1], (60, 120), wide), SamImage(embeddings[1:], (120, 60), high)]
     sizes, extents = torch.tensor([[120.0, 60.0], [60.0, 120.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]])
     masks = prompt_sam(segmenter, embeddings, points, logits, extents)
-    assert masks.logits.shape == (2, 4, 64, 64) and masks.iou.shape == (2, 4)
+    answers = best_logits(masks)
+    assert masks.logits.shape == (2, 4, 64, 64) and masks.iou.shape == (2, 4) and answers.shape == (2, 64, 64)
     for i, image in enumerate(images):
-        pixels, labels = points[i : i + 1] * sizes[i], (logits[i : i + 1] > 0).long()
-        single = segmenter.decode(image, pixels, labels, multimask=False)
-        three = segmenter.decode(image, pixels, labels)
+        pixels, asked = points[i : i + 1] * sizes[i], labels[i : i + 1]
+        single = segmenter.decode(image, pixels, asked, multimask=False)
+        three = segmenter.decode(image, pixels, asked)
         torch.testing.assert_close(masks.logits[i], torch.cat([single.logits, three.logits], 1)[0], atol=1e-4, rtol=0)
         torch.testing.assert_close(masks.iou[i], torch.cat([single.iou, three.iou], 1)[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(answers[i], single.logits[0, 0], atol=1e-4, rtol=0)
 
 
 def test_blended_labels_mix_the_embeddings(segmenter, prompts):
@@ -303,7 +369,7 @@ def test_the_papers_size_from_image_and_words_to_gradients():
     tokenizer = open_clip.get_tokenizer("ViT-B-16-quickgelu")
     clip = Clip(build_model_from_openai_state_dict(noise(shapes)).float(), tokenizer, dense_size=224, device="cpu")
     with torch.no_grad():
-        visual = clip.patch_features(torch.randn(1, 3, 224, 224))
+        visual = clip.patch_features(torch.randn(1, 3, 224, 224), PAPER.stages)
         words, mask = clip.word_features(["the man in the green shirt", "a dog"])
     with torch.device("meta"):  # the image encoder stays there
         sam = sam_model_registry["vit_b"]()
@@ -312,7 +378,8 @@ def test_the_papers_size_from_image_and_words_to_gradients():
 
     model = PointGenerator(PAPER)
     assert model.trainable_parameters == pytest.approx(20.7e6, rel=0.03)
-    prompts = model(visual, words, mask, torch.zeros(2, dtype=torch.long))
+    directions = clip.text_features(["the man in the green shirt", "a dog"]) - clip.text_features([""])
+    prompts = model(visual, words, mask, torch.zeros(2, dtype=torch.long), directions)
     prompts.points.retain_grad()
     assert prompts.points.shape == (2, PAPER.queries, PAPER.points, 2)
     best = prompts.score_logits.argmax(dim=1)

@@ -10,7 +10,14 @@ from wris_lib.data.refer import Expression
 from wris_lib.errors import WrisError
 from wris_lib.methods import Method, Prediction
 from wris_lib.methods.ppt.labels import UNKNOWN
-from wris_lib.methods.ppt.pseudo import from_expressions, label_objects, names_a_place, referring, semantic
+from wris_lib.methods.ppt.pseudo import (
+    from_expressions,
+    label_objects,
+    largest_piece,
+    names_a_place,
+    referring,
+    semantic,
+)
 
 COLORS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
 
@@ -110,6 +117,26 @@ def test_other_pictures_have_other_keys(folder):
     pictures = label_objects(ByColour(), folder, size=80)
     first, second = (semantic(some, 1, 64, 16).images.keys for some in (pictures, pictures[::-1]))
     assert set(first).isdisjoint(second)
+
+
+def test_a_candidate_is_the_largest_connected_piece():
+    mask = np.array([[1, 1, 0, 0, 1], [0, 0, 1, 0, 1], [1, 1, 0, 0, 1]], dtype=bool)  # corners do not connect
+    expected = np.zeros_like(mask)
+    expected[:, 4] = True
+    np.testing.assert_array_equal(largest_piece(mask), expected)
+    np.testing.assert_array_equal(largest_piece(expected), expected)
+    assert not largest_piece(np.zeros((3, 4), dtype=bool)).any() and largest_piece(np.ones((3, 4), dtype=bool)).all()
+
+
+def test_of_an_answer_in_pieces_the_largest_is_the_candidate(tmp_path):
+    image = np.full((64, 64, 3), 128, dtype=np.uint8)
+    image[4:20, 4:20] = image[30:60, 30:60] = COLORS["red"]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    h = from_expressions(ByColour(), Words(), [Expression(tmp_path / "a.png", 0, 0, "red thing", 0, None)], side=32)
+    (candidate,) = h.labels.candidates(0)
+    expected = np.zeros((32, 32), dtype=bool)
+    expected[15:30, 15:30] = True
+    np.testing.assert_array_equal(candidate, expected)
 
 
 def test_places_are_no_things():

@@ -54,11 +54,12 @@ class Stack:
     clip: ClipCheckpoint
     sam: SamCheckpoint
     parser: Checkpoint | str  # a str names a spaCy pipeline, which comes as a package: see `spacy_download`
+    ppt: Checkpoint | None = None  # PPT's point generator; nobody has published one for the papers' models
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The stack's files of weights."""
-        return tuple(part for part in (self.clip, self.sam, self.parser) if isinstance(part, Checkpoint))
+        return tuple(part for part in (self.clip, self.sam, self.parser, self.ppt) if isinstance(part, Checkpoint))
 
 
 STACKS = {

@@ -76,15 +76,20 @@ class FeatureStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        state = _state(folder)
+        self._rows = state["done"]
         self._arrays = {
             name: np.memmap(folder / f"{name}.bin", array["dtype"], "r").reshape(-1, *array["shape"])
-            for name, array in _state(folder)["arrays"].items()
+            for name, array in state["arrays"].items()
         }
         self._spans = {}  # of ragged arrays: where rows begin, and their lengths
         for name in [name.removesuffix(LENGTH) for name in self._arrays if name.endswith(LENGTH)]:
             lengths = np.array(self._arrays.pop(name + LENGTH))
             self._spans[name] = lengths.cumsum() - lengths, lengths
         _OPEN.add(self)
+
+    def __len__(self) -> int:
+        return self._rows
 
     def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor) -> dict[str, Tensor]:
         """The arrays of B rows, on the CPU.
@@ -108,6 +113,27 @@ class FeatureStore:
             found[name][mask] = array[(starts + steps)[mask]]
             found[f"{name} mask"] = mask
         return {name: torch.from_numpy(np.asarray(values)) for name, values in found.items()}
+
+
+class JoinedStores:
+    """Several stores of the same encoder one behind the other, read as one. Their arrays must not be ragged."""
+
+    def __init__(self, stores: Sequence[FeatureStore]) -> None:
+        self.stores = list(stores)
+        self.starts = np.cumsum([0, *map(len, self.stores)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor) -> dict[str, Tensor]:
+        """As `FeatureStore`'s."""
+        rows = np.asarray(rows, dtype=np.intp)
+        which = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(which, kind="stable")
+        asked = np.unique(which) if len(rows) else [0]  # of no rows the arrays are empty, but they have names
+        pieces = [self.stores[store][rows[order][which[order] == store] - self.starts[store]] for store in asked]
+        back = torch.from_numpy(np.argsort(order))
+        return {name: torch.cat([piece[name] for piece in pieces])[back] for name in pieces[0]}
 
 
 _OPEN: WeakSet[FeatureStore] = WeakSet()  # in this process; none of them makes room for another

@@ -10,13 +10,13 @@ A frozen model gives the same answer in every epoch, in every row of an ablation
 
 In 16-bit floats, which are exact to 0.05 %, this takes:
 
-    toy, 256 px         an image 98 kB a stage + 66 kB Surgery + 49 kB SAM: 3.1 GB for 10 000 with two stages;
+    toy, 256 px         an image 98 kB a stage + 66 kB Surgery + 111 kB SAM: 3.7 GB for 10 000 with two stages;
                         an expression 2 kB: 0.1 GB for 50 000
     paper, RefCOCO      16 994 images: 5.1 GB a stage + 3.4 GB Surgery at 14×14 patches, 15.0 + 10.0 GB at 24×24;
     train               35.6 GB SAM; 120 624 expressions of 5.7 tokens on average: 0.8 GB.
                         With three stages 55 GB at 14×14, 92 GB at 24×24.
 
-The limit, 10 GB, leaves room for three toy sets, say one before and one after a change of weights. The paper's need
+The limit, 10 GB, leaves room for two toy sets, one before and one after a change of weights. The paper's need
 `WRIS_CACHE_GB`.
 """
 

@@ -92,6 +92,11 @@ class EvaluationItem(Expression):
         """The masks of the image's other objects. COCO's crowds are left out: they are no single objects."""
         return [self._draw(annotation) for annotation in self.neighbours]
 
+    @property
+    def twins(self) -> int:
+        """How many of the image's other objects have the referent's category."""
+        return sum(other["category_id"] == self.annotation["category_id"] for other in self.neighbours)
+
     def _draw(self, outlined: Entry) -> Bool[np.ndarray, "H W"]:
         return decode_mask(outlined["segmentation"], self.height, self.width)
 

@@ -24,6 +24,7 @@ from wris_lib.errors import WrisError
 # Name -> where the class is. It is imported when it is asked for, since the models behind it take seconds.
 METHODS = {
     "clip_sam": "wris_lib.methods.clip_sam:ClipSam",
+    "ppt": "wris_lib.methods.ppt:Ppt",
 }
 
 
@@ -76,9 +77,11 @@ class Method(ABC):
 
     Attributes:
         variants: the option sets that the benchmark compares, by name.
+        parts: of a `Stack`, those whose weights its predictions depend on.
     """
 
     variants: ClassVar[dict[str, dict[str, Hashable]]]
+    parts: ClassVar[tuple[str, ...]] = ("clip", "sam")
 
     @classmethod
     @abstractmethod

@@ -9,6 +9,7 @@ Source: Li et al. 2023, "CLIP Surgery for Better Explainability". PPT (CVPR 2024
 """
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -22,8 +23,20 @@ from wris_lib.backbones.sam import SamImage, Segmenter, load_sam
 from wris_lib.errors import WrisError
 from wris_lib.methods import Method, Prediction, Stage
 
-THRESHOLD = 0.8  # a cell is a positive point when the map, scaled to [0, 1], reaches this
-POINTS = 10  # at most so many positive points, and as many negative ones
+
+@dataclass(frozen=True)
+class PointRule:
+    """Which cells of a map become points.
+
+    Args:
+        threshold: a cell is a positive point when the map, scaled to [0, 1], reaches this.
+        most: at most so many positive points.
+        negatives: whether as many cells, those with the lowest values, become negative points.
+    """
+
+    threshold: float = 0.8
+    most: int = 10
+    negatives: bool = True
 
 
 class ClipSam(Method):
@@ -34,10 +47,10 @@ class ClipSam(Method):
         "surgery": {"kind": "surgery"},
     }
 
-    def __init__(self, clip: Clip, sam: Segmenter, kind: str = "surgery") -> None:
+    def __init__(self, clip: Clip, sam: Segmenter, kind: str = "surgery", rule: PointRule = PointRule()) -> None:
         if kind not in self.variants:
             raise WrisError(f"clip_sam has no kind {kind!r}; choose one of: {', '.join(self.variants)}.")
-        self.clip, self.sam, self.kind = clip, sam, kind
+        self.clip, self.sam, self.kind, self.rule = clip, sam, kind, rule
 
     @classmethod
     def load(cls, stack: str, kind: str = "surgery", device: str | None = None) -> "ClipSam":
@@ -63,7 +76,7 @@ class ClipSam(Method):
 
     def _segment(self, embedded: SamImage, response_map: Float[np.ndarray, "h w"]) -> Prediction:
         height, width = embedded.original_size
-        points, labels = points_from_map(response_map, width, height)
+        points, labels = points_from_map(response_map, width, height, self.rule)
         # Prompts go to SAM one by one: they differ in length, and SAM feels the padding of a shorter one.
         decoded = self.sam.decode(embedded, torch.from_numpy(points)[None], torch.from_numpy(labels)[None])
         masks = self.sam.masks(embedded, decoded)[0]
@@ -93,17 +106,17 @@ def enlarge(response_map: Float[np.ndarray, "h w"], width: int, height: int) -> 
 
 
 def points_from_map(
-    response_map: Float[np.ndarray, "h w"], width: int, height: int
+    response_map: Float[np.ndarray, "h w"], width: int, height: int, rule: PointRule = PointRule()
 ) -> tuple[Float[np.ndarray, "n 2"], Int[np.ndarray, "n"]]:
     """Point prompts from a coarse map.
 
-    Of the cells that reach `THRESHOLD` the best become positive points, at most `POINTS` and at most half of all
-    cells. The same number of cells, those with the lowest values, become negative ones.
+    Of the cells that reach the rule's threshold the best become positive points, at most half of all cells.
 
     Args:
         response_map: one value a cell of the image, in any range.
         width: of the image in pixels.
         height: of the image in pixels.
+        rule: the default is CLIP Surgery's threshold, and ten points of each kind.
 
     Returns:
         Points (x, y) at the centres of their cells in image pixels, the best first, then the negative ones; and
@@ -111,9 +124,9 @@ def points_from_map(
     """
     rows, columns = response_map.shape
     best_first = np.argsort(-response_map, axis=None, kind="stable")
-    reached = int((scale(response_map) >= THRESHOLD).sum())
-    n = max(1, min(reached, POINTS, response_map.size // 2))
+    reached = int((scale(response_map) >= rule.threshold).sum())
+    n = max(1, min(reached, rule.most, response_map.size // 2))
     # A map of a single cell has no other cell to be negative.
-    cells = np.concatenate([best_first[:n], best_first[1:][::-1][:n]])
+    cells = np.concatenate([best_first[:n], best_first[1:][::-1][: n * rule.negatives]])
     points = np.stack([cells % columns + 0.5, cells // columns + 0.5], axis=1) * [width / columns, height / rows]
     return points.astype(np.float32), (np.arange(len(cells)) < n).astype(np.int64)

@@ -54,11 +54,12 @@ RELATIONS = {  # {} is the referent's class, then the other's
 
 @dataclass(frozen=True)
 class ObjectPicture:
-    """An object-centric picture with its pseudo-mask and the name of its class."""
+    """An object-centric picture: pixels, pseudo-mask, name of its class, and its number in the list it came from."""
 
     image: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"]
     name: str
+    number: int = 0
 
 
 @dataclass(frozen=True)

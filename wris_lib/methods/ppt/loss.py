@@ -32,18 +32,22 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from wris_lib.errors import WrisError
-from wris_lib.methods.ppt.model import PointPrompts
+from wris_lib.methods.ppt.model import PointPrompts, point_labels
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Factors of the terms, in the matching as in the loss. Points are DETR's 5: they lie in 0..1, so L1 is small."""
+    """Factors of the terms, in the matching as in the loss.
+
+    Points are DETR's 5: they lie in 0..1, so L1 is small. The score is a mean over all queries, of which one or two
+    are meant; 8 brings it near the sum over queries that DETR's successors take (Deformable DETR, Zhu et al. 2021).
+    """
 
     dice: float = 1.0
     mask: float = 1.0
     points: float = 5.0
     labels: float = 1.0
-    score: float = 1.0
+    score: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,13 @@ def mask_terms(logits: Float[Tensor, "b k n"], masks: Float[Tensor, "b y n"]) ->
 def match(terms: dict[str, Float[Tensor, "E K Y"]], present: Bool[Tensor, "E Y"], weights: LossWeights) -> Matches:
     """For each expression the pairs with the smallest sum of weighted terms; every pseudo-label gets a query.
 
+    The score is no part of that sum. A query answers for what it points at; with the score in the sum, one that has
+    once been preferred is preferred for everything.
+
     Raises:
         WrisError: an expression has more pseudo-labels than the generator has queries; a term is not finite.
     """
-    cost = sum(getattr(weights, name) * term for name, term in terms.items())
+    cost = sum(getattr(weights, name) * term for name, term in terms.items() if name != "score")
     queries, most = cost.shape[1], int(present.sum(dim=1).max())
     if most > queries:
         raise WrisError(f"an expression has {most} pseudo-labels, but the generator has only {queries} queries.")
@@ -153,8 +160,9 @@ def matched_loss(
     terms: dict[str, Float[Tensor, "E K Y"]],
     matches: Matches,
     weights: LossWeights,
-    mask_logits: Float[Tensor, "P m m"] | None = None,
+    mask_logits: Float[Tensor, "p m m"] | None = None,
     all_right: bool = False,
+    decoded: Int[Tensor, "p"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Eq. 4: the mean over matched pairs of their terms, and the mean over all queries of the score's.
 
@@ -164,10 +172,11 @@ def matched_loss(
         terms: of `pair_terms`.
         matches: of `match`.
         weights: of the terms.
-        mask_logits: SAM's masks of the matched queries. Without them there is neither "dice" nor "mask", unless
-            `terms` have them.
+        mask_logits: SAM's masks of the matched queries, or of some. Without them there is neither "dice" nor "mask",
+            unless `terms` have them.
         all_right: the score to learn is also 1 for unmatched queries whose points hit the referent. Several anchored
             queries lie on a large object, and each of them would make a good prompt.
+        decoded: which of the pairs `mask_logits` are of; None: all.
 
     Returns:
         The terms unweighted, by their names in `LossWeights`, and their weighted sum "loss".
@@ -184,7 +193,8 @@ def matched_loss(
         targets = torch.maximum(targets, (hits * labels.scores[:, None]).amax(dim=2))
     found = {name: term[pairs] for name, term in terms.items() if name != "score"}
     if mask_logits is not None:
-        given = _masks_of(labels)[matches.expression, matches.label]
+        decoded = slice(None) if decoded is None else decoded
+        given = _masks_of(labels)[matches.expression[decoded], matches.label[decoded]]
         pixels = mask_terms(mask_logits.flatten(1)[:, None], given.flatten(1)[:, None])
         found |= {name: term.flatten() for name, term in pixels.items()}
     means = {name: values.sum() / max(1, len(values)) for name, values in found.items()}
@@ -194,7 +204,7 @@ def matched_loss(
 
 @torch.no_grad()
 def points_inside(prompts: PointPrompts, labels: PseudoLabels) -> Float[Tensor, "E K Y"]:
-    """Share of each query's positive points that lie in each pseudo-mask; 0 for a query without positive points.
+    """Share of each query's positive points that lie in each pseudo-mask.
 
     Raises:
         WrisError: there are no masks.
@@ -205,8 +215,8 @@ def points_inside(prompts: PointPrompts, labels: PseudoLabels) -> Float[Tensor, 
     x, y = (prompts.points * extents[:, None, None] * side).long().clamp(0, side - 1).flatten(1, 2).unbind(-1)  # E KM
     pixels = (y * side + x)[:, None].expand(-1, masks.shape[1], -1)
     inside = (masks.flatten(2).gather(2, pixels) > 0.5).unflatten(2, prompts.points.shape[1:3])  # E Y K M
-    positive = (prompts.label_logits > 0)[:, None]
-    share = (inside & positive).sum(-1) / positive.sum(-1).clamp(min=1)
+    positive = (point_labels(prompts.label_logits) > 0)[:, None]
+    share = (inside & positive).sum(-1) / positive.sum(-1)
     return (share * labels.present[..., None]).transpose(1, 2)
 
 

@@ -36,13 +36,15 @@ class GeneratorConfig:
     """Sizes of a `PointGenerator`.
 
     Args:
-        visual_channels: of the visual stages; their number is N.
+        stages: of CLIP, as `Clip.patch_features` takes them; their number is N.
+        visual_channels: of each stage.
         word_channels: of the word features.
         queries: K. A square number when they are anchored.
         points: M of every query.
         anchored: queries start on a grid over the image, learn offsets from there, and are told what CLIP sees at
-            their place; the sentence scales and shifts their channels (FiLM, Perez et al. 2018). False: the paper's
-            queries, free vectors that know of a place only what training put into them.
+            their place, and how like the sentence Surgery's map is there; they look at what is near first, each head as
+            far as it learns to (SMCA, Gao et al. 2021); the sentence scales and shifts their channels (FiLM, Perez et
+            al. 2018). False: the paper's queries, free vectors that know of a place only what training put into them.
         fuse_vision: words change what queries see of the image, as in the paper. False: the image changes the words
             only; then expressions of an image share its keys and values, and training is about 3 times as fast.
         fusion_width: channels inside `Fusion`; 64 in the paper.
@@ -55,6 +57,7 @@ class GeneratorConfig:
         WrisError: the sizes do not go together.
     """
 
+    stages: tuple[int | str, ...]
     visual_channels: tuple[int, ...]
     word_channels: int
     queries: int = 16
@@ -70,6 +73,11 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if self.anchored and math.isqrt(self.queries) ** 2 != self.queries:
             raise WrisError(f"{self.queries} anchored queries do not fill a square grid; choose 4, 9, 16, 25, ….")
+        if self.anchored and self.stages[-1] != "surgery":
+            raise WrisError(
+                f"anchored queries look at CLIP Surgery's map, so the last stage must be 'surgery', not"
+                f" {self.stages[-1]!r}."
+            )
         if self.width % self.heads or self.fusion_width % self.fusion_heads:
             raise WrisError(
                 f"widths must be multiples of their heads: {self.width} of {self.heads},"
@@ -83,7 +91,7 @@ class PointPrompts:
 
     Attributes:
         points: (x, y) as shares of the image's width and height, 0..1.
-        label_logits: above 0 the point is positive ("on it"); the sigmoid is the paper's r.
+        label_logits: whether a point is positive ("on it"), see `point_labels`; the sigmoid is the paper's r.
         score_logits: how sure the generator is that this prompt is about the referent; the sigmoid is the paper's c.
     """
 
@@ -130,12 +138,18 @@ class Attention(nn.Module):
         queries: Float[Tensor, "b q d"],
         keys_values: Float[Tensor, "b n dd"],
         mask: Bool[Tensor, "b n"] | None = None,
+        bias: Float[Tensor, "h q n"] | None = None,
     ) -> Float[Tensor, "b q d"]:
-        """Attend to what `memory` made; where `mask` is False nothing is seen."""
+        """Attend to what `memory` made; where `mask` is False nothing is seen; `bias` is added before the softmax."""
         split = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # b heads q d/heads
         keys, values = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        visible = None if mask is None else mask[:, None, None]
-        mixed = F.scaled_dot_product_attention(split, keys, values, attn_mask=visible)
+        # Written out: with heads this narrow, fused attention takes twice as long on a CPU, backwards most of all.
+        alike = (split * split.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+        if bias is not None:
+            alike = alike + bias.to(alike)
+        if mask is not None:
+            alike = alike.masked_fill(~mask[:, None, None], -torch.inf)
+        mixed = alike.softmax(dim=-1) @ values
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -210,12 +224,15 @@ class Stage(nn.Module):
         if self.anchored:
             self.local = nn.Linear(channels, width)
             self.film = nn.Linear(config.word_channels, 2 * width)
+            # Reach of each head as a share of the image: the standard deviation of a Gaussian around the anchor.
+            self.log_reach = nn.Parameter(torch.linspace(math.log(0.08), 0.0, config.heads))
 
     def forward(
         self,
         queries: Float[Tensor, "E K d"],
         visual: Float[Tensor, "B n c"],
         local: Float[Tensor, "B K c"] | None,
+        distances: Float[Tensor, "K n"] | None,
         words: Float[Tensor, "E l t"],
         mask: Bool[Tensor, "E l"],
         groups: Groups,
@@ -227,6 +244,7 @@ class Stage(nn.Module):
             queries: Q.
             visual: V.
             local: V at the anchors; None when there are none.
+            distances: from the anchors to the tokens, as shares of the image; None when there are no anchors.
             words: T.
             mask: True at words, False at padding.
             groups: which queries belong to which image.
@@ -238,7 +256,7 @@ class Stage(nn.Module):
         change, words, earlier = self.fusion(visual, words, mask, groups, earlier)
         if self.anchored:
             queries = queries + self.local(local).index_select(0, groups.image)
-        queries = self.look_norm(queries + self._look(queries, visual, change, groups))
+        queries = self.look_norm(queries + self._look(queries, visual, change, distances, groups))
         if self.anchored:
             # CLIP's last token has read the whole sentence.
             last = mask.int().cumsum(dim=1).argmax(dim=1)
@@ -253,24 +271,62 @@ class Stage(nn.Module):
         queries: Float[Tensor, "E K d"],
         visual: Float[Tensor, "B n c"],
         change: Float[Tensor, "E n f"] | None,
+        distances: Float[Tensor, "K n"] | None,
         groups: Groups,
     ) -> Float[Tensor, "E K d"]:
         """Attention of the queries to V' = V + visual_out(change)."""
         keys_values = self.look.memory(visual)
+        nearness = None
+        if distances is not None:
+            nearness = -0.5 * (distances / self.log_reach.exp()[:, None, None]) ** 2  # heads K n
         if change is None:
-            return groups.unpack(self.look(groups.pack(queries), keys_values))
+            packed = groups.pack(queries)
+            if nearness is not None:
+                nearness = nearness.repeat(1, packed.shape[1] // queries.shape[1], 1)
+            return groups.unpack(self.look(packed, keys_values, bias=nearness))
         # A linear map of a linear map is one linear map. So V', with its many channels an expression, is never built.
         back, memory = self.fusion.visual_out, self.look.memory
         change = F.linear(change, memory.weight @ back.weight, memory.weight @ back.bias)
-        return self.look(queries, keys_values.index_select(0, groups.image) + change)
+        return self.look(queries, keys_values.index_select(0, groups.image) + change, bias=nearness)
+
+
+class Whitening(nn.Module):
+    """A frozen affine map after which features have mean 0 and channels of (nearly) one variance, uncorrelated.
+
+    Until `fit` has seen features, it changes nothing.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("matrix", torch.eye(channels))
+
+    def forward(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        return (features - self.mean) @ self.matrix
+
+    @torch.no_grad()
+    def fit(self, features: Float[Tensor, "n c"], floor: float = 0.03) -> None:
+        """Find the map: W = V (Λ + floor · mean Λ)^-½ Vᵀ, where V Λ Vᵀ is the covariance of the features.
+
+        Args:
+            features: any number.
+            floor: keeps directions in which hardly anything varies from being blown up to noise.
+        """
+        mean = features.mean(dim=0)
+        values, vectors = torch.linalg.eigh(torch.cov(features.T, correction=0).double())
+        scales = (values.clamp(min=0) + floor * values.mean()).rsqrt()
+        self.mean.copy_(mean)
+        self.matrix.copy_(vectors * scales @ vectors.T)
 
 
 class PointGenerator(nn.Module):
     """f(I, T) → K prompts of M points each, and a score for every prompt.
 
     CLIP's blocks differ in scale by an order of magnitude, so every visual token is normalised to mean 0 and variance
-    1; and it gets channels that say where it is, without which "left" could not be learned. Nothing before the first
-    projection is trained, so that no gradient has to be computed for visual tokens.
+    1. A handful of directions hold most of what then varies between tokens, and between words, and gradient descent
+    would learn from those first: so both are whitened (`Whitening`). And a visual token gets channels that say where it
+    is, without which "left" could not be learned. Nothing before the first projection is trained, so that no gradient
+    has to be computed for visual tokens.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -281,10 +337,13 @@ class PointGenerator(nn.Module):
             Stage(config, channels + POSITION_CHANNELS, first=stage == 0)
             for stage, channels in enumerate(config.visual_channels)
         )
+        self.whiten_visual = nn.ModuleList(Whitening(channels) for channels in config.visual_channels)
+        self.whiten_words = Whitening(config.word_channels)
         if config.anchored:
             side = math.isqrt(config.queries)
             self.register_buffer("anchors", cell_centres(side, side), persistent=False)
             self.embed_anchors = _mlp(POSITION_CHANNELS, width, width)
+            self.embed_similarity = nn.Linear(2, width)
         else:
             self.queries = nn.Parameter(torch.randn(config.queries, width))
         self.point_head = _mlp(width, width, width, 3 * config.points)
@@ -301,6 +360,7 @@ class PointGenerator(nn.Module):
         words: Float[Tensor, "E l t"],
         mask: Bool[Tensor, "E l"],
         image: Int[Tensor, "E"],
+        directions: Float[Tensor, "E d"],
     ) -> PointPrompts:
         """Prompts for E expressions about B images.
 
@@ -309,16 +369,25 @@ class PointGenerator(nn.Module):
             words: of the expressions.
             mask: True at words, False at padding. The last word stands for the sentence.
             image: for each expression which image it is about, 0..B-1.
+            directions: of the expressions in the space that CLIP's images and texts share: what is left of their
+                features without those of the empty text. For anchored queries.
         """
         groups = Groups(image, len(visual[0]))
-        earlier, local = None, None
+        words = self.whiten_words(words)
+        earlier, local, distances = None, None, None
         start = self.embed_anchors(encode_positions(self.anchors)) if self.config.anchored else self.queries
         queries = start.expand(len(words), -1, -1)
-        for features, stage in zip(visual, self.stages, strict=True):
-            tokens = visual_tokens(features)
+        if self.config.anchored:
+            side = math.isqrt(self.config.queries)
+            queries = queries + self.embed_similarity(similarity_in_cells(visual[-1], directions, image, side))
+        for features, whiten, stage in zip(visual, self.whiten_visual, self.stages, strict=True):
+            centres = cell_centres(*features.shape[-2:]).to(features)
+            tokens = whiten(visual_tokens(features))
+            tokens = torch.cat([tokens, encode_positions(centres).expand(len(tokens), -1, -1)], dim=-1)
             if self.config.anchored:
                 local = sample_at(tokens.transpose(1, 2).unflatten(2, features.shape[-2:]), self.anchors)
-            queries, earlier = stage(queries, tokens, local, words, mask, groups, earlier)
+                distances = torch.cdist(self.anchors, centres)
+            queries, earlier = stage(queries, tokens, local, distances, words, mask, groups, earlier)
         # Half precision, where a caller trains in it, would round a place to a 256th of the image.
         raw = self.point_head(queries).unflatten(-1, (-1, 3)).float()
         places = raw[..., :2]
@@ -330,6 +399,7 @@ class PointGenerator(nn.Module):
 # The paper counts 20.7 million trainable parameters; these are 20.4. It gives N, and d = 64 and 8 heads of the fusion.
 # The other sizes are guesses: K and M, queries as wide as CLIP's visual tokens, a feed-forward layer of 1024.
 PAPER = GeneratorConfig(
+    stages=(4, 8, 12),
     visual_channels=(768, 768, 768),
     word_channels=512,
     anchored=False,
@@ -340,11 +410,20 @@ PAPER = GeneratorConfig(
 )
 
 
-def visual_tokens(features: Float[Tensor, "B c h w"]) -> Float[Tensor, "B n cp"]:
-    """A feature map as h·w tokens, row by row: normalised, and followed by the channels of their positions."""
+def visual_tokens(features: Float[Tensor, "B c h w"]) -> Float[Tensor, "B n c"]:
+    """A feature map as h·w tokens, row by row, each normalised."""
     tokens = features.flatten(2).transpose(1, 2)
-    positions = encode_positions(cell_centres(*features.shape[-2:]).to(tokens))
-    return torch.cat([F.layer_norm(tokens, tokens.shape[-1:]), positions.expand(len(tokens), -1, -1)], dim=-1)
+    return F.layer_norm(tokens, tokens.shape[-1:])
+
+
+def similarity_in_cells(
+    surgery: Float[Tensor, "B d h w"], directions: Float[Tensor, "E d"], image: Int[Tensor, "E"], side: int
+) -> Float[Tensor, "E {side}*{side} 2"]:
+    """CLIP Surgery's map in each of side × side cells: its maximum and its mean, normalised over the cells."""
+    with torch.autocast(surgery.device.type, enabled=False):  # maps are small differences of large numbers
+        maps = torch.einsum("edhw,ed->ehw", surgery.index_select(0, image), directions)
+    pooled = [F.adaptive_max_pool2d(maps, side).flatten(1), F.adaptive_avg_pool2d(maps, side).flatten(1)]
+    return torch.stack([F.layer_norm(values, values.shape[-1:]) for values in pooled], dim=-1)
 
 
 def cell_centres(rows: int, columns: int) -> Float[Tensor, "n 2"]:
@@ -382,11 +461,11 @@ def prompt_sam(
         segmenter: SAM.
         embeddings: of the image of each prompt, or a single one of all.
         points: (x, y) as shares of the image's width and height, 0..1.
-        label_logits: above 0 the point is positive.
+        label_logits: see `point_labels`.
         extents: (width, height) of the image as shares of SAM's square input, padding being the rest: (1, 1) for a
             square image, `input_size` over `img_size` in general. One of each prompt, or a single one of all.
-        blend: SAM has one embedding for positive points and one for negative ones. False: r > 0.5 chooses, and the
-            choice has no gradient, so that labels are trained by their own loss only. True: they are mixed,
+        blend: SAM has one embedding for positive points and one for negative ones. False: `point_labels` chooses, and
+            the choice has no gradient, so that labels are trained by their own loss only. True: they are mixed,
             r · positive + (1 − r) · negative, and gradients of the mask reach the labels too.
 
     Returns:
@@ -394,7 +473,7 @@ def prompt_sam(
     """
     sam = segmenter.sam
     pixels = points * extents[:, None] * sam.image_encoder.img_size
-    labels = (label_logits > 0).long()
+    labels = point_labels(label_logits)
     if not blend:
         return SamMasks(*decode_prompts(sam, embeddings, pixels, labels, None))
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -411,6 +490,19 @@ def prompt_sam(
         dense_prompt_embeddings=embeddings + dense,
     )
     return SamMasks(logits, iou)
+
+
+def point_labels(label_logits: Float[Tensor, "*p M"]) -> Int[Tensor, "*p M"]:
+    """1 for a positive point, 0 for a negative one: logits above 0, and of each prompt the highest in any case.
+
+    A prompt of negative points alone would tell SAM nothing about what to take.
+    """
+    return ((label_logits > 0) | (label_logits == label_logits.amax(dim=-1, keepdim=True))).long()
+
+
+def best_logits(decoded: SamMasks) -> Float[Tensor, "P h w"]:
+    """The mask that answers a prompt: upstream's single one, which is meant for prompts of several points."""
+    return decoded.logits[:, 0].float()
 
 
 def _mlp(*widths: int) -> nn.Sequential:

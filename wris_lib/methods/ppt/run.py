@@ -1,0 +1,127 @@
+"""One training of PPT from its data to a file of weights."""
+
+from datetime import date
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from wris_lib.backbones.checkpoints import WEIGHTS, record_toy_weights
+from wris_lib.backbones.clip import Clip, load_clip
+from wris_lib.backbones.sam import load_sam
+from wris_lib.data import load_training, toyworld
+from wris_lib.data.objects import ObjectImages
+from wris_lib.errors import WrisError
+from wris_lib.files import atomic_write, cache_dir
+from wris_lib.methods.ppt.curriculum import CURRICULA, Done, Training, train
+from wris_lib.methods.ppt.datasets import training_data
+from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
+from wris_lib.methods.ppt.training import DATASETS, TrainingData, start
+from wris_lib.methods.ppt.weights import save_generator
+
+TOY_DATA = "toyref:train"
+
+
+def configure(clip: Clip, queries: int = 16, points: int = 4, anchored: bool = True) -> GeneratorConfig:
+    """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's."""
+    stages = (*clip.stages[:2], "surgery")
+    probe = torch.zeros(1, 3, clip.native_size, clip.native_size, device=clip.device)
+    with torch.no_grad():
+        channels = tuple(features.shape[1] for features in clip.patch_features(probe, stages))
+        words = clip.word_features(["a"])[0].shape[-1]
+    return GeneratorConfig(stages, channels, words, queries=queries, points=points, anchored=anchored)
+
+
+def load_data(stack: str, clip: Clip, data: str = TOY_DATA, objects: Path | None = None) -> TrainingData:
+    """All four datasets of a stack.
+
+    Args:
+        stack: "toy" or "paper".
+        clip: the stack's.
+        data: split with expressions, such as "refcoco:train".
+        objects: folder of object-centric pictures, one folder a class; None: ToyObjects.
+
+    Raises:
+        WrisError: a split, a folder or a picture is missing or damaged.
+    """
+    if objects is None and not data.startswith("toy"):
+        raise WrisError(f"{data} needs object-centric pictures of real things: name a folder with --objects FOLDER.")
+    folder = objects or toyworld.ensure() / "images" / "toyobjects" / "train"
+    pictures = ObjectImages(folder).items
+    if len({picture.class_name for picture in pictures}) < 2:
+        raise WrisError(
+            f"{folder} has pictures of a single class; scenes are composed of several, so that there is something to"
+            " tell apart: expected at least two folders, one for each class."
+        )
+    return training_data(stack, configure(clip), load_training(data).items, pictures)
+
+
+def main(
+    stack: str,
+    data: str = TOY_DATA,
+    objects: Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> None:
+    """Train a generator through the full curriculum and write it; run again, it continues.
+
+    The toy stack's usual run writes the library's own weights and their card; any other one leaves `ppt.safetensors`
+    in `folder`.
+
+    Args:
+        stack: "toy" or "paper".
+        data: see `load_data`.
+        objects: see `load_data`.
+        steps: None: as many as the shipped weights had.
+        seed: of everything drawn.
+        folder: for checkpoints; None: in the cache.
+    """
+    usual = (stack, data, objects, steps, seed) == ("toy", TOY_DATA, None, None, 0)
+    folder = Path(folder or cache_dir() / "train" / f"ppt-{stack}")
+    clip, segmenter = load_clip(stack), load_sam(stack)
+    everything = load_data(stack, clip, data, objects)
+    generator = start(configure(clip), seed, everything)
+    training = Training(seed=seed) if steps is None else Training(steps=steps, seed=seed)
+    done = list(train(generator, segmenter, everything, CURRICULA["full"], training, folder, segmenter.device))
+    if not PartialState().is_main_process:
+        return
+    path = (WEIGHTS if usual else folder) / "ppt.safetensors"
+    save_generator(generator, clip, path)
+    if usual:
+        record_toy_weights(path)
+    with atomic_write(path.with_suffix(".md"), "w") as file:
+        file.write(model_card(generator, everything, training, done))
+    print(f"{path}")
+
+
+def model_card(generator: PointGenerator, data: TrainingData, training: Training, done: list[Done]) -> str:
+    """The model card, in Markdown."""
+    config, weights = generator.config, training.weights
+    minutes = sum(row["seconds"] for each in done for row in each.log) / 60
+    counts = ", ".join(f"{len(data.of([name]))} {name}" for name in DATASETS)
+    rows = "\n".join(
+        f"| {each.round.stage} | {' ∪ '.join(each.round.datasets)} | {len(each.log)} | {each.log[-1]['loss']:.2f} |"
+        for each in done
+    )
+    return f"""# PPT's point generator
+
+{generator.trainable_parameters / 1e6:.2f} million parameters, all trained; CLIP and SAM stay frozen.
+K = {config.queries} queries of M = {config.points} points, {"anchored on a grid" if config.anchored else "free"};
+CLIP's stages {", ".join(map(str, config.stages))}. It belongs to the CLIP whose hash is written in the file.
+
+**Data.** Expressions with pseudo-labels: {counts}. No drawn mask was used.
+
+**Recipe.** `python -m wris_lib train ppt`: seed {training.seed}, AdamW, learning rate {training.learning_rate:g} with a
+cosine in every round, {training.precision}; weights of the loss: DICE {weights.dice:g}, mask {weights.mask:g}, points
+{weights.points:g}, labels {weights.labels:g}, score {weights.score:g}.
+
+| stage | data | steps | loss at the end |
+|---|---|---|---|
+{rows}
+
+**Made.** {date.today().isoformat()}, {minutes:.0f} minutes of steps on {torch.get_num_threads()} thread(s) in each of
+{PartialState().num_processes} process(es), {next(generator.parameters()).device.type}; torch {torch.__version__}.
+
+**Figures.** In `results/ppt_ablation.json`, row 5, seed {training.seed}.
+"""

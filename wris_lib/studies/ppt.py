@@ -1,0 +1,333 @@
+"""PPT's studies: the paper's Table 3, choices of sizes, the quality of pseudo-labels, and what the cache saves.
+
+A study is a list of trainings, each with a folder of its own in the cache. Start the same command in several processes
+and they divide the trainings among themselves; stop it, and it goes on where it was.
+"""
+
+import copy
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from wris_lib import benchmark, data, evaluate
+from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
+from wris_lib.backbones.clip import load_clip
+from wris_lib.backbones.feature_store import Encoder, Rows, open_features
+from wris_lib.backbones.features import clip_patches, clip_words, sam_embeddings, texts
+from wris_lib.backbones.sam import Segmenter, load_sam
+from wris_lib.data import toyworld
+from wris_lib.data.objects import ObjectImages
+from wris_lib.evaluate import Record
+from wris_lib.files import cache_dir, sha256, write_json
+from wris_lib.methods import ppt
+from wris_lib.methods.ppt import Ppt, datasets
+from wris_lib.methods.ppt.curriculum import CURRICULA, Training, mask_ious, train
+from wris_lib.methods.ppt.labels import UNKNOWN, shrink
+from wris_lib.methods.ppt.loss import LossWeights
+from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
+from wris_lib.methods.ppt.run import TOY_DATA, configure, load_data
+from wris_lib.methods.ppt.training import H_REF, H_SEM, Batches, TrainingData, start, training_loss
+from wris_lib.report import RESULTS
+
+SEEDS = (0, 1, 2)
+LIMIT = 1000  # expressions of a split, at least; those of whole images, the same for every row
+BASELINE = "1 CLIP + SAM"
+FULL = "5 + domain refinement (full)"
+OTHER_SPLITS = ("toyref+:val", "toyrefg:val")
+# Row -> curriculum, and the last stage that counts. Rows 3 and 4 are row 5 before its end.
+ROWS = {
+    "2 point prompting": ("plain", 3),
+    "3 semantic learning": ("full", 1),
+    "4 + RIS learning": ("full", 2),
+    FULL: ("full", 3),
+    "6 w/o curriculum": ("no curriculum", 3),
+    "7 w/o augmented (D_ref)": ("no D_ref", 3),
+    "8 w/o free (D_sem)": ("no D_sem", 3),
+    "9 w/o IMG": ("no images", 3),
+}
+STUDIED = {
+    "default: K = 16, M = 4, thresholded labels": {},
+    "K = 4": {"config": {"queries": 4}},
+    "K = 36": {"config": {"queries": 36}},
+    "K = 16 free queries": {"config": {"anchored": False}},
+    "M = 2": {"config": {"points": 2}},
+    "M = 8": {"config": {"points": 8}},
+    "soft labels (blend)": {"training": {"blend": True}},
+    "no mask loss": {"training": {"weights": LossWeights(dice=0, mask=0)}},
+    "points weigh 2": {"training": {"weights": LossWeights(points=2)}},
+    "score weighs 1": {"training": {"weights": LossWeights(score=1)}},
+}
+
+
+# As it was when this process began: two processes that share the work must agree.
+CODE = [sha256(path) for path in sorted(Path(ppt.__file__).parent.glob("*.py"))]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a curriculum, sizes, settings, a seed."""
+
+    curriculum: str
+    config: GeneratorConfig
+    training: Training
+    stages: dict[int, tuple[str, ...]]  # to be measured behind them: stage -> splits
+
+    @property
+    def folder(self) -> Path:
+        """Named after all that the run depends on."""
+        weights = [sha256(checkpoint_path(part)) for part in (get_stack("toy").clip, get_stack("toy").sam)]
+        about = [asdict(self.config), asdict(self.training), [asdict(r) for r in CURRICULA[self.curriculum]]]
+        digest = hashlib.sha256(json.dumps([*about, weights, CODE, LIMIT]).encode()).hexdigest()[:8]
+        name = re.sub(r"\W+", "_", self.curriculum)
+        return cache_dir() / "train" / "ppt-studies" / f"{name}-{self.training.seed}-{digest}"
+
+    def records(self, stage: int, split: str) -> Path:
+        """The file with what was measured behind a stage."""
+        return self.folder / f"stage{stage}-{re.sub(r'[^A-Za-z0-9+]', '_', split)}.json"
+
+    @property
+    def finished(self) -> bool:
+        return all(self.records(stage, split).exists() for stage, splits in self.stages.items() for split in splits)
+
+
+class Runner:
+    """Does runs with the toy stack's models and data."""
+
+    def __init__(self) -> None:
+        self.clip, self.segmenter = load_clip("toy"), load_sam("toy")
+        self.data = load_data("toy", self.clip)
+
+    def do(self, run: Run) -> None:
+        """Train, and measure behind every stage that is asked for; what is there already is not done again."""
+        generator = start(run.config, run.training.seed, self.data)
+        rounds = CURRICULA[run.curriculum]
+        steps = train(generator, self.segmenter, self.data, rounds, run.training, run.folder, self.segmenter.device)
+        for number, done in enumerate(steps):
+            ends_stage = number + 1 == len(rounds) or rounds[number + 1].stage > done.round.stage
+            stage = 3 if number + 1 == len(rounds) else done.round.stage
+            if ends_stage:
+                for split in run.stages.get(stage, ()):
+                    path = run.records(stage, split)
+                    if not path.exists():
+                        method = Ppt(self.clip, self.segmenter, copy.deepcopy(generator))
+                        write_json(path, benchmark.measure(benchmark.predictor(method), data.load(split).items, LIMIT))
+
+
+def do_all(runs: Sequence[Run]) -> None:
+    """All runs, those first that no other process is at; then wait for the others."""
+    runner = None
+    for timeout in (0, -1):
+        for run in runs:
+            if run.finished:
+                continue
+            run.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(run.folder / ".lock", timeout=timeout):
+                    runner = runner or Runner()
+                    runner.do(run)
+            except Timeout:
+                continue
+
+
+def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
+    """The nine rows of PPT's Table 3 on ToyRef val, rows 1 and 5 also on ToyRef+ and ToyRefg.
+
+    Writes `ppt_ablation.json`.
+
+    Args:
+        steps: of a training; None: the usual number.
+        seeds: of the trainings.
+        folder: where the result goes.
+    """
+    config = configure(load_clip("toy"))
+    wanted: dict[tuple[str, int], dict[int, tuple[str, ...]]] = {}
+    for name, (curriculum, stage) in ROWS.items():
+        for seed in seeds:
+            splits = ("toyref:val", *OTHER_SPLITS) if name == FULL else ("toyref:val",)
+            wanted.setdefault((curriculum, seed), {})[stage] = splits
+    runs = {key: Run(key[0], config, _training(steps, key[1]), stages) for key, stages in wanted.items()}
+    do_all(sorted(runs.values(), key=lambda run: run.training.seed))
+    rows = []
+    for split in ("toyref:val", *OTHER_SPLITS):
+        rows.append(row(BASELINE, split, [benchmark.records("clip_sam surgery", split, LIMIT, stack="toy")]))
+    for name, (curriculum, stage) in ROWS.items():
+        for split in runs[curriculum, seeds[0]].stages[stage]:
+            every = [json.loads(runs[curriculum, seed].records(stage, split).read_text()) for seed in seeds]
+            rows.append(row(name, split, every))
+    _write(folder / "ppt_ablation.json", "train ppt --ablation", seeds, rows, steps=_training(steps, 0).steps)
+
+
+def study(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
+    """K, M, labels and weights of the loss, one changed at a time, on ToyRef val. Writes `ppt_study.json`."""
+    clip = load_clip("toy")
+    runs = {
+        (name, seed): Run(
+            "full",
+            configure(clip, **change.get("config", {})),
+            replace(_training(steps, seed), **change.get("training", {})),
+            {3: ("toyref:val",)},
+        )
+        for name, change in STUDIED.items()
+        for seed in seeds
+    }
+    do_all(sorted(runs.values(), key=lambda run: run.training.seed))
+    rows = [
+        row(name, "toyref:val", [json.loads(runs[name, s].records(3, "toyref:val").read_text()) for s in seeds])
+        for name in STUDIED
+    ]
+    _write(folder / "ppt_study.json", "train ppt --study", seeds, rows, steps=_training(steps, 0).steps)
+
+
+def _training(steps: int | None, seed: int) -> Training:
+    return Training(seed=seed) if steps is None else Training(steps=steps, seed=seed)
+
+
+def row(name: str, split: str, seeds: Sequence[list[Record]]) -> dict[str, Any]:
+    """A row of a result: every metric as mean and standard deviation over seeds, overall and by kind of expression."""
+    groups = [evaluate.groups(records) for records in seeds]
+    kinds = {
+        kind: {"n": len(groups[0][kind]), "metrics": _over_seeds([group[kind] for group in groups])}
+        for kind in groups[0]
+    }
+    return {"name": name, "data": split, "n": len(seeds[0]), "metrics": _over_seeds(seeds), "kinds": kinds}
+
+
+def _over_seeds(seeds: Sequence[list[Record]]) -> dict[str, dict[str, Any]]:
+    tables = [evaluate.summarize(records) for records in seeds]
+    found = {}
+    for name in tables[0]:
+        values = [table[name]["mean"] for table in tables]
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        found[name] = {"mean": round(float(np.mean(values)), 2), "std": round(spread, 2), "seeds": values}
+    return found
+
+
+def _write(path: Path, command: str, seeds: Sequence[int], rows: list[dict[str, Any]], **more: Any) -> None:
+    about = {
+        "command": f"python -m wris_lib {command}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": benchmark.device_name(),
+        "seeds": list(seeds),
+        "versions": benchmark.versions(),
+    }
+    write_json(path, about | more | {"rows": rows})
+    print(path)
+
+
+def pseudo_labels(folder: Path = RESULTS) -> None:
+    """How good the toy stack's pseudo-labels are. Writes `ppt_pseudolabels.json`.
+
+    A diagnosis: true masks are looked at here, and never in training.
+    """
+    clip, segmenter = load_clip("toy"), load_sam("toy")
+    objects = ObjectImages(toyworld.ensure() / "images" / "toyobjects" / "train").items
+    truth = {item.image_path: item for item in data.load("toyobjects:train").items}
+    ious = []
+    for picture in datasets.object_pictures("toy", clip, segmenter, objects):
+        mask = Image.fromarray(truth[objects[picture.number].image_path].mask)
+        sized = mask.resize(picture.mask.shape[::-1], Image.Resampling.NEAREST)
+        ious.append(evaluate.iou(picture.mask, np.array(sized)))
+    rows = [_quality("D_sem, D_ref: objects of the pictures", ious)]
+
+    items = data.load(TOY_DATA).items
+    h = datasets.candidates("toy", clip, segmenter, data.load_training(TOY_DATA).items)
+    masks = {(item.image_path, item.expression): item for item in items}
+    paths = list(dict.fromkeys(item.image_path for item in items))
+    found: dict[str, list[float]] = {"H_sem": [], "H_ref: best candidate": [], "H_ref: any candidate": []}
+    for e, expression in enumerate(h.labels.expressions):
+        item = masks[paths[h.labels.image[e]], expression]
+        every = mask_ious(shrink(item.mask, h.labels.side), h.labels.candidates(e))
+        if h.labels.referent[e] == UNKNOWN:
+            found["H_ref: best candidate"].append(every.max())
+            found["H_ref: any candidate"].append(every.mean())
+        else:
+            found["H_sem"].append(every[0])
+    rows += [_quality(name, ious) for name, ious in found.items()]
+    _write(folder / "ppt_pseudolabels.json", "train ppt --pseudo-labels", [0], rows)
+
+
+def _quality(name: str, ious: Sequence[float]) -> dict[str, Any]:
+    """A row: mean IoU, and how many of the masks reach 0.5, in percent."""
+    ious = np.asarray(ious)
+    figures = {"mIoU": ious.mean(), "IoU at least 0.5": (ious >= 0.5).mean()}
+    metrics = {metric: round(100 * float(figure), 2) for metric, figure in figures.items()}
+    return {"name": name, "n": len(ious), "metrics": metrics}
+
+
+class _Live:
+    """In place of a `FeatureStore`: whatever is asked for is computed anew."""
+
+    def __init__(self, encoder: Encoder, rows: Rows) -> None:
+        self.encoder, self.rows = encoder, rows
+
+    def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
+        encoded = self.encoder.encode([self.rows.load(int(row)) for row in rows])
+        found = {}
+        for name, values in encoded.items():
+            if isinstance(values, list):
+                found[f"{name} mask"] = pad_sequence([torch.ones(len(v), dtype=torch.bool) for v in values], True)
+                values = pad_sequence(values, batch_first=True)
+            found[name] = values
+        return found
+
+
+def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
+    """Seconds an epoch of H with features from the cache and with features computed anew. Writes `ppt_cache.json`.
+
+    Both are measured in turns in one run, over the same batches, and scaled to an epoch: every expression once.
+
+    Args:
+        steps: of each kind.
+        folder: where the result goes.
+    """
+    clip, segmenter = load_clip("toy"), load_sam("toy")
+    config, h = configure(clip), datasets.candidates("toy", clip, segmenter, data.load_training(TOY_DATA).items)
+    unique, word = np.unique(h.labels.expressions, return_inverse=True)
+    encoders = clip_patches(clip, config.stages), sam_embeddings(segmenter), clip_words(clip)
+    rows = h.images, h.images, texts(unique.tolist())
+    dataset = np.where(h.labels.referent == UNKNOWN, H_REF, H_SEM)
+    seconds = {}
+    for kind in ("cached", "computed anew"):
+        make = open_features if kind == "cached" else _Live
+        stores = [make(*pair) for pair in zip(encoders, rows, strict=True)]
+        encoded = TrainingData(h.labels, dataset, *stores, word, clip.text_features([""])[0].cpu())
+        seconds[kind] = _seconds_an_expression(encoded, start(config, 0, encoded), segmenter, steps)
+    results = [
+        {
+            "name": kind,
+            "metrics": {"ms an expression": round(1000 * each, 2), "seconds an epoch": round(each * len(word), 1)},
+        }
+        for kind, each in seconds.items()
+    ]
+    ratio = round(seconds["computed anew"] / seconds["cached"], 1)
+    _write(folder / "ppt_cache.json", "train ppt --cache-speed", [0], results, ratio=ratio)
+
+
+def _seconds_an_expression(encoded: TrainingData, generator: PointGenerator, segmenter: Segmenter, steps: int) -> float:
+    """Of a step of training; the median of some."""
+    training, found = Training(), []
+    loss = training_loss(segmenter, training.weights, training.blend)
+    batches = Batches(encoded, encoded.of(["H_sem"]), generator.config.points, 0)
+    for step in range(-1, steps):  # the first only warms up
+        begin = time.perf_counter()
+        batch = batches(step + 1)
+        with torch.autocast(segmenter.device.type, torch.bfloat16):
+            terms = loss(generator, batch, step)
+        terms["loss"].backward()
+        generator.zero_grad()
+        if step >= 0:
+            found.append((time.perf_counter() - begin) / len(batch["inputs"]["words"]))
+    return float(np.median(found))
