@@ -12,7 +12,7 @@ from wris_lib.__main__ import main
 from wris_lib.errors import WrisError
 from wris_lib.methods import Prediction
 
-COMMANDS = ["doctor", "fetch", "segment", "benchmark", "pretrain", "toyworld"]
+COMMANDS = ["doctor", "fetch", "segment", "benchmark", "train", "pretrain", "toyworld"]
 
 
 class Recorder:
@@ -43,7 +43,20 @@ def test_every_command_has_help(command: str, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["dance"], ["fetch"], ["fetch", "toys"], ["segment", "a.png"], ["pretrain", "llm"]]
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["fetch"],
+        ["fetch", "toys"],
+        ["segment", "a.png"],
+        ["pretrain", "llm"],
+        ["train"],
+        ["train", "clip_sam"],
+        ["train", "ppt", "--seed", "many"],
+        ["train", "ppt", "--ablation", "--study"],
+        ["train", "ppt", "--pseudo-labels", "--cache-speed"],
+    ],
 )
 def test_wrong_usage(arguments: list[str], capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -120,6 +133,81 @@ def test_benchmark(flags: list[str], expected: tuple, monkeypatch: pytest.Monkey
     assert main(["benchmark", *arguments, *flags]) == 0
     assert measured.positional == (["clip_sam plain", "sam box"], ["toyref:val", "toyref+:val"], *expected)
     assert "mIoU" in capsys.readouterr().out
+
+
+STUDIES = ("ablation", "study", "pseudo_labels", "cache_speed")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
+    """What `train` may call; nothing is trained."""
+    monkeypatch.delenv("WRIS_STACK", raising=False)
+    functions = {name: f"wris_lib.studies.ppt.{name}" for name in STUDIES} | {"main": "wris_lib.methods.ppt.run.main"}
+    recorders = {name: Recorder() for name in functions}
+    for name, place in functions.items():
+        monkeypatch.setattr(place, recorders[name])
+    return recorders
+
+
+def called(trained: dict[str, Recorder]) -> dict[str, tuple]:
+    """What was called, and with what."""
+    assert not any(getattr(recorder, "named", {}) for recorder in trained.values())
+    return {name: recorder.positional for name, recorder in trained.items() if hasattr(recorder, "positional")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ("toy", "toyref:train", None, None, 0, None)),
+        (["--steps", "7", "--seed", "3"], ("toy", "toyref:train", None, 7, 3, None)),
+        (
+            ["--stack", "paper", "--data", "refcoco:train", "--objects", "/pictures", "--folder", "/kept"],
+            ("paper", "refcoco:train", Path("/pictures"), None, 0, Path("/kept")),
+        ),
+    ],
+)
+def test_train(flags: list[str], expected: tuple, trained: dict[str, Recorder]):
+    assert main(["train", "ppt", *flags]) == 0
+    assert called(trained) == {"main": expected}
+
+
+def test_train_with_the_stack_of_the_environment(trained: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WRIS_STACK", "paper")
+    assert main(["train", "ppt"]) == 0
+    assert trained["main"].positional[0] == "paper"
+
+
+def test_train_with_a_stack_that_is_not_there(trained: dict[str, Recorder], capsys):
+    assert main(["train", "ppt", "--stack", "huge"]) == 2
+    assert capsys.readouterr().err == "error: there is no stack 'huge'; choose one of: toy, paper.\n"
+    assert called(trained) == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ablation"], {"ablation": (None, (0, 1, 2))}),
+        (["--ablation", "--steps", "9", "--seed", "0"], {"ablation": (9, (0,))}),
+        (["--study", "--seed", "2"], {"study": (None, (2,))}),
+        (["--pseudo-labels"], {"pseudo_labels": ()}),
+        (["--cache-speed"], {"cache_speed": ()}),
+    ],
+)
+def test_studies(flags: list[str], expected: dict, trained: dict[str, Recorder]):
+    assert main(["train", "ppt", *flags]) == 0
+    assert called(trained) == expected
+
+
+@pytest.mark.parametrize("flags", [["--stack", "paper"], ["--data", "toyref+:train"], ["--folder", "x"]])
+def test_a_study_refuses_what_it_does_not_heed(flags: list[str], trained: dict[str, Recorder], capsys):
+    assert main(["train", "ppt", "--ablation", *flags]) == 2
+    assert flags[0] in capsys.readouterr().err and called(trained) == {}
+
+
+@pytest.mark.parametrize("study", [[], ["--ablation"]])
+def test_a_negative_seed_is_refused(study: list[str], trained: dict[str, Recorder]):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "ppt", *study, "--seed", "-1"])
 
 
 @pytest.mark.parametrize("model", ["clip", "sam", "parser"])

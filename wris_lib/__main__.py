@@ -80,10 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     learned = add(train, "train a method without any mask")
     learned.add_argument("method", choices=["ppt"])
-    learned.add_argument("--data", default="toyref:train", metavar="SPLIT", help="sentences (toyref:train)")
+    learned.add_argument("--data", metavar="SPLIT", help="sentences (toyref:train)")
     learned.add_argument("--objects", type=Path, metavar="FOLDER", help="object-centric pictures (ToyObjects)")
     learned.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
-    learned.add_argument("--seed", type=int, help="of all that is drawn (0); of a study only this one, not three")
+    learned.add_argument("--seed", type=natural, help="of all that is drawn (0); of a study only this one, not three")
     learned.add_argument("--folder", type=Path, help="where checkpoints are kept (in the cache)")
     learned.add_argument("--stack", help=STACK_HELP)
     studies = learned.add_mutually_exclusive_group()
@@ -148,6 +148,11 @@ def train(options: argparse.Namespace) -> None:
     from wris_lib.methods.ppt import run
     from wris_lib.studies import ppt as studies
 
+    names = ("ablation", "study", "pseudo_labels", "cache_speed")
+    if chosen := next((name for name in names if getattr(options, name)), None):
+        unused = ["data", "objects", "folder", "stack", *(["steps", "seed"] if chosen in names[2:] else [])]
+        if given := [f"--{name}" for name in unused if getattr(options, name) is not None]:
+            raise WrisError(f"--{chosen.replace('_', '-')} has settings of its own; leave out {', '.join(given)}.")
     if options.pseudo_labels:
         studies.pseudo_labels()
     elif options.cache_speed:
@@ -157,7 +162,7 @@ def train(options: argparse.Namespace) -> None:
         (studies.ablation if options.ablation else studies.study)(options.steps, seeds)
     else:
         stack = get_stack(options.stack).name
-        run.main(stack, options.data, options.objects, options.steps, options.seed or 0, options.folder)
+        run.main(stack, options.data or run.TOY_DATA, options.objects, options.steps, options.seed or 0, options.folder)
 
 
 def pretrain(options: argparse.Namespace) -> None:
@@ -181,6 +186,12 @@ def toyworld(options: argparse.Namespace) -> None:
             raise WrisError(f"{options.out} exists already; name a new folder.")
         build.write_world(folder)
     print(options.out)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or a positive number, got {text!r}")
+    return int(text)
 
 
 def positive(text: str) -> int:

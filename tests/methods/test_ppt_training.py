@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.backbones import test_clip
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.feature_store import Rows
-from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam
+from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam
 from wris_lib.methods.ppt import training
 from wris_lib.methods.ppt.labels import UNKNOWN, Collector
 from wris_lib.methods.ppt.loss import LossWeights
@@ -268,6 +268,11 @@ def signs(logits: np.ndarray) -> np.ndarray:
     return ((logits > 0) | (logits == logits.max())).astype(np.int64)
 
 
+def trusted(decoded: SamMasks) -> Tensor:
+    """Of the only prompt the mask with the highest predicted IoU."""
+    return decoded.logits[0, decoded.iou[0].argmax()]
+
+
 def slow_loss(generator: PointGenerator, segmenter: Segmenter, batch: dict, weights: LossWeights) -> dict[str, float]:
     """Eq. 4, an expression, a query and a candidate at a time, with all orders of points and queries tried out."""
     inputs, labels = batch["inputs"], {name: value.numpy() for name, value in batch["labels"].items()}
@@ -307,7 +312,7 @@ def slow_loss(generator: PointGenerator, segmenter: Segmenter, batch: dict, weig
                 pixels = points[k] * np.array([width, height], dtype=np.float32)
                 asked = torch.from_numpy(pixels)[None], torch.from_numpy(signs(logits[k]))[None]
                 with torch.no_grad():
-                    mask = segmenter.decode(image, *asked, multimask=False).logits[0, 0].double().numpy()
+                    mask = trusted(segmenter.decode(image, *asked)).double().numpy()
                 p, given = 1 / (1 + np.exp(-mask)), labels["masks"][e, y]
                 found["dice"].append(1 - (2 * (p * given).sum() + 1) / (p.sum() + given.sum() + 1))
                 found["mask"].append(entropy(mask, given).mean())

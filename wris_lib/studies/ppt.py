@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from wris_lib import benchmark, data, evaluate
+from wris_lib import train as loop
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.clip import load_clip
-from wris_lib.backbones.feature_store import Encoder, Rows, open_features
+from wris_lib.backbones.feature_store import Encoder, FeatureStore, JoinedStores, Rows, open_features
 from wris_lib.backbones.features import clip_patches, clip_words, sam_embeddings, texts
 from wris_lib.backbones.sam import Segmenter, load_sam
 from wris_lib.data import toyworld
@@ -41,6 +42,7 @@ from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
 from wris_lib.methods.ppt.run import TOY_DATA, configure, load_data
 from wris_lib.methods.ppt.training import H_REF, H_SEM, Batches, TrainingData, start, training_loss
 from wris_lib.report import RESULTS
+from wris_lib.train import move
 
 SEEDS = (0, 1, 2)
 LIMIT = 1000  # expressions of a split, at least; those of whole images, the same for every row
@@ -59,21 +61,22 @@ ROWS = {
     "9 w/o IMG": ("no images", 3),
 }
 STUDIED = {
-    "default: K = 16, M = 4, thresholded labels": {},
-    "K = 4": {"config": {"queries": 4}},
+    "default: K = 16, M = 9, thresholded labels": {},
+    "K = 9": {"config": {"queries": 9}},  # 4 are too few: a composed scene has up to 6 candidates
     "K = 36": {"config": {"queries": 36}},
     "K = 16 free queries": {"config": {"anchored": False}},
-    "M = 2": {"config": {"points": 2}},
-    "M = 8": {"config": {"points": 8}},
+    "M = 4": {"config": {"points": 4}},
+    "M = 16": {"config": {"points": 16}},
     "soft labels (blend)": {"training": {"blend": True}},
-    "no mask loss": {"training": {"weights": LossWeights(dice=0, mask=0)}},
-    "points weigh 2": {"training": {"weights": LossWeights(points=2)}},
-    "score weighs 1": {"training": {"weights": LossWeights(score=1)}},
+    "no mask loss": {"training": {"weights": LossWeights(dice=0.0, mask=0.0)}},
+    "points weigh 2": {"training": {"weights": LossWeights(points=2.0)}},
+    "score weighs 1": {"training": {"weights": LossWeights(score=1.0)}},
 }
 
 
 # As it was when this process began: two processes that share the work must agree.
-CODE = [sha256(path) for path in sorted(Path(ppt.__file__).parent.glob("*.py"))]
+_ELSEWHERE = (*datasets.CODE, benchmark.__file__, evaluate.__file__, loop.__file__)
+CODE = [sha256(path) for path in sorted({*Path(ppt.__file__).parent.glob("*.py"), *map(Path, _ELSEWHERE)})]
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class Run:
     @property
     def folder(self) -> Path:
         """Named after all that the run depends on."""
-        weights = [sha256(checkpoint_path(part)) for part in (get_stack("toy").clip, get_stack("toy").sam)]
+        stack = get_stack("toy")
+        weights = [sha256(checkpoint_path(part)) for part in (stack.clip, stack.sam, stack.parser)]
         about = [asdict(self.config), asdict(self.training), [asdict(r) for r in CURRICULA[self.curriculum]]]
         digest = hashlib.sha256(json.dumps([*about, weights, CODE, LIMIT]).encode()).hexdigest()[:8]
         name = re.sub(r"\W+", "_", self.curriculum)
@@ -136,8 +140,9 @@ def do_all(runs: Sequence[Run]) -> None:
             run.folder.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(run.folder / ".lock", timeout=timeout):
-                    runner = runner or Runner()
-                    runner.do(run)
+                    if not run.finished:  # by whom this one has waited for
+                        runner = runner or Runner()
+                        runner.do(run)
             except Timeout:
                 continue
 
@@ -267,11 +272,14 @@ def _quality(name: str, ious: Sequence[float]) -> dict[str, Any]:
     return {"name": name, "n": len(ious), "metrics": metrics}
 
 
-class _Live:
+class _Live(FeatureStore):
     """In place of a `FeatureStore`: whatever is asked for is computed anew."""
 
     def __init__(self, encoder: Encoder, rows: Rows) -> None:
         self.encoder, self.rows = encoder, rows
+
+    def __len__(self) -> int:
+        return len(self.rows.keys)
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
         encoded = self.encoder.encode([self.rows.load(int(row)) for row in rows])
@@ -281,13 +289,13 @@ class _Live:
                 found[f"{name} mask"] = pad_sequence([torch.ones(len(v), dtype=torch.bool) for v in values], True)
                 values = pad_sequence(values, batch_first=True)
             found[name] = values
-        return found
+        return {name: values.cpu() for name, values in found.items()}
 
 
 def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
     """Seconds an epoch of H with features from the cache and with features computed anew. Writes `ppt_cache.json`.
 
-    Both are measured in turns in one run, over the same batches, and scaled to an epoch: every expression once.
+    Both are measured in one run, first the cache, over the same batches, and scaled to an epoch: every expression once.
 
     Args:
         steps: of each kind.
@@ -299,12 +307,14 @@ def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
     encoders = clip_patches(clip, config.stages), sam_embeddings(segmenter), clip_words(clip)
     rows = h.images, h.images, texts(unique.tolist())
     dataset = np.where(h.labels.referent == UNKNOWN, H_REF, H_SEM)
-    seconds = {}
+    seconds, generator = {}, None
     for kind in ("cached", "computed anew"):
         make = open_features if kind == "cached" else _Live
-        stores = [make(*pair) for pair in zip(encoders, rows, strict=True)]
-        encoded = TrainingData(h.labels, dataset, *stores, word, clip.text_features([""])[0].cpu())
-        seconds[kind] = _seconds_an_expression(encoded, start(config, 0, encoded), segmenter, steps)
+        patches, embeddings, words = (make(*pair) for pair in zip(encoders, rows, strict=True))
+        joined = JoinedStores([patches]), JoinedStores([embeddings])
+        encoded = TrainingData(h.labels, dataset, *joined, words, word, clip.text_features([""])[0].cpu())
+        generator = generator or start(config, 0, encoded)
+        seconds[kind] = _seconds_an_expression(encoded, generator, segmenter, steps)
     results = [
         {
             "name": kind,
@@ -321,13 +331,16 @@ def _seconds_an_expression(encoded: TrainingData, generator: PointGenerator, seg
     training, found = Training(), []
     loss = training_loss(segmenter, training.weights, training.blend)
     batches = Batches(encoded, encoded.of(["H_sem"]), generator.config.points, 0)
+    generator.to(segmenter.device)
     for step in range(-1, steps):  # the first only warms up
         begin = time.perf_counter()
-        batch = batches(step + 1)
+        batch = move(batches(step + 1), segmenter.device)
         with torch.autocast(segmenter.device.type, torch.bfloat16):
             terms = loss(generator, batch, step)
         terms["loss"].backward()
         generator.zero_grad()
+        if segmenter.device.type == "cuda":
+            torch.cuda.synchronize()
         if step >= 0:
             found.append((time.perf_counter() - begin) / len(batch["inputs"]["words"]))
     return float(np.median(found))

@@ -80,7 +80,7 @@ class Training:
         seed: of the generator's first weights and of everything drawn.
         weights: of the loss's terms.
         blend: see `prompt_sam`.
-        shares: of a batch, for as many processes.
+        shares: of a batch, for as many processes; in one process the result is the same.
         precision: "bf16" or "fp32", see `Recipe`.
     """
 
@@ -89,7 +89,7 @@ class Training:
     seed: int = 0
     weights: LossWeights = field(default_factory=LossWeights)
     blend: bool = False
-    shares: int = 1
+    shares: int = 2
     precision: str = "bf16"
 
     def recipe(self, this: Round, number: int) -> Recipe:

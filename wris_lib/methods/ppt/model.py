@@ -61,7 +61,7 @@ class GeneratorConfig:
     visual_channels: tuple[int, ...]
     word_channels: int
     queries: int = 16
-    points: int = 4
+    points: int = 9
     anchored: bool = True
     fuse_vision: bool = False
     fusion_width: int = 64
@@ -469,7 +469,7 @@ def prompt_sam(
             r · positive + (1 − r) · negative, and gradients of the mask reach the labels too.
 
     Returns:
-        Logits and predicted IoU of all four mask tokens. Number 0 is meant for prompts of several points.
+        Logits and predicted IoU of all four mask tokens, see `best_logits`.
     """
     sam = segmenter.sam
     pixels = points * extents[:, None] * sam.image_encoder.img_size
@@ -501,8 +501,13 @@ def point_labels(label_logits: Float[Tensor, "*p M"]) -> Int[Tensor, "*p M"]:
 
 
 def best_logits(decoded: SamMasks) -> Float[Tensor, "P h w"]:
-    """The mask that answers a prompt: upstream's single one, which is meant for prompts of several points."""
-    return decoded.logits[:, 0].float()
+    """The mask that answers a prompt: of SAM's three the one that it trusts most, as in CLIP + SAM.
+
+    Upstream advises its single mask for prompts of several points. The toy SAM's is worse: with nine points over the
+    box of an object of ToyRef val, a mean IoU of 69 instead of 74.
+    """
+    best = 1 + decoded.iou[:, 1:].argmax(dim=1)
+    return decoded.logits[torch.arange(len(best)), best].float()
 
 
 def _mlp(*widths: int) -> nn.Sequential:

@@ -1,5 +1,8 @@
 """One training of PPT from its data to a file of weights."""
 
+import hashlib
+import json
+import shlex
 from datetime import date
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from wris_lib.backbones.sam import load_sam
 from wris_lib.data import load_training, toyworld
 from wris_lib.data.objects import ObjectImages
 from wris_lib.errors import WrisError
-from wris_lib.files import atomic_write, cache_dir
+from wris_lib.files import atomic_write, cache_dir, write_json
 from wris_lib.methods.ppt.curriculum import CURRICULA, Done, Training, train
 from wris_lib.methods.ppt.datasets import training_data
 from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
@@ -22,7 +25,7 @@ from wris_lib.methods.ppt.weights import save_generator
 TOY_DATA = "toyref:train"
 
 
-def configure(clip: Clip, queries: int = 16, points: int = 4, anchored: bool = True) -> GeneratorConfig:
+def configure(clip: Clip, queries: int = 16, points: int = 9, anchored: bool = True) -> GeneratorConfig:
     """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's."""
     stages = (*clip.stages[:2], "surgery")
     probe = torch.zeros(1, 3, clip.native_size, clip.native_size, device=clip.device)
@@ -77,26 +80,75 @@ def main(
         seed: of everything drawn.
         folder: for checkpoints; None: in the cache.
     """
+    processes = PartialState(cpu=not torch.cuda.is_available())  # before any model: it says on which GPU
     usual = (stack, data, objects, steps, seed) == ("toy", TOY_DATA, None, None, 0)
     folder = Path(folder or cache_dir() / "train" / f"ppt-{stack}")
     clip, segmenter = load_clip(stack), load_sam(stack)
     everything = load_data(stack, clip, data, objects)
     generator = start(configure(clip), seed, everything)
+    _claim(folder, everything, generator.config)
     training = Training(seed=seed) if steps is None else Training(steps=steps, seed=seed)
     done = list(train(generator, segmenter, everything, CURRICULA["full"], training, folder, segmenter.device))
-    if not PartialState().is_main_process:
+    if not processes.is_main_process:
         return
     path = (WEIGHTS if usual else folder) / "ppt.safetensors"
     save_generator(generator, clip, path)
     if usual:
         record_toy_weights(path)
     with atomic_write(path.with_suffix(".md"), "w") as file:
-        file.write(model_card(generator, everything, training, done))
+        file.write(
+            model_card(generator, everything, training, done, _command(stack, data, objects, steps, seed), usual)
+        )
     print(f"{path}")
 
 
-def model_card(generator: PointGenerator, data: TrainingData, training: Training, done: list[Done]) -> str:
-    """The model card, in Markdown."""
+def _claim(folder: Path, data: TrainingData, config: GeneratorConfig) -> None:
+    """Checkpoints know their recipe, but not what they have learnt from. A file beside them does.
+
+    Raises:
+        WrisError: the folder's training is of other data or models.
+    """
+    labels = hashlib.sha256("\n".join(data.labels.expressions).encode())
+    for array in (data.labels.image, data.labels.first, data.labels.masks, data.labels.referent):
+        labels.update(array.tobytes())
+    stores = (*data.patches.stores, *data.embeddings.stores, data.words)
+    about: dict = {"features": [store.folder.name for store in stores], "labels": labels.hexdigest()}
+    about["queries"] = config.queries  # the one size that weights do not show
+    path = folder / "data.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != about:
+        raise WrisError(
+            f"{folder} holds the training of other data or models; delete it, or name another with --folder."
+        )
+    write_json(path, about)
+
+
+def _command(stack: str, data: str, objects: Path | None, steps: int | None, seed: int) -> str:
+    flags = [] if stack == "toy" else ["--stack", stack]
+    flags += [] if data == TOY_DATA else ["--data", data]
+    flags += [] if objects is None else ["--objects", str(objects)]
+    flags += [] if steps is None else ["--steps", str(steps)]
+    flags += ["--seed", str(seed)] if seed else []
+    return shlex.join(["python", "-m", "wris_lib", "train", "ppt", *flags])
+
+
+def model_card(
+    generator: PointGenerator,
+    data: TrainingData,
+    training: Training,
+    done: list[Done],
+    command: str = "python -m wris_lib train ppt",
+    usual: bool = True,
+) -> str:
+    """The model card, in Markdown.
+
+    Args:
+        generator: trained.
+        data: that it was trained on.
+        training: how.
+        done: all rounds.
+        command: that made it.
+        usual: the weights are those that come with the library, of which there are figures.
+    """
     config, weights = generator.config, training.weights
     minutes = sum(row["seconds"] for each in done for row in each.log) / 60
     counts = ", ".join(f"{len(data.of([name]))} {name}" for name in DATASETS)
@@ -104,6 +156,7 @@ def model_card(generator: PointGenerator, data: TrainingData, training: Training
         f"| {each.round.stage} | {' ∪ '.join(each.round.datasets)} | {len(each.log)} | {each.log[-1]['loss']:.2f} |"
         for each in done
     )
+    figures = f"\n**Figures.** In `results/ppt_ablation.json`, row 5, seed {training.seed}.\n" if usual else ""
     return f"""# PPT's point generator
 
 {generator.trainable_parameters / 1e6:.2f} million parameters, all trained; CLIP and SAM stay frozen.
@@ -112,7 +165,7 @@ CLIP's stages {", ".join(map(str, config.stages))}. It belongs to the CLIP whose
 
 **Data.** Expressions with pseudo-labels: {counts}. No drawn mask was used.
 
-**Recipe.** `python -m wris_lib train ppt`: seed {training.seed}, AdamW, learning rate {training.learning_rate:g} with a
+**Recipe.** `{command}`: seed {training.seed}, AdamW, learning rate {training.learning_rate:g} with a
 cosine in every round, {training.precision}; weights of the loss: DICE {weights.dice:g}, mask {weights.mask:g}, points
 {weights.points:g}, labels {weights.labels:g}, score {weights.score:g}.
 
@@ -122,6 +175,4 @@ cosine in every round, {training.precision}; weights of the loss: DICE {weights.
 
 **Made.** {date.today().isoformat()}, {minutes:.0f} minutes of steps on {torch.get_num_threads()} thread(s) in each of
 {PartialState().num_processes} process(es), {next(generator.parameters()).device.type}; torch {torch.__version__}.
-
-**Figures.** In `results/ppt_ablation.json`, row 5, seed {training.seed}.
-"""
+{figures}"""

@@ -32,10 +32,10 @@ from wris_lib.methods.ppt.pseudo import LabelledImages
 DATASETS = ("H_sem", "H_ref", "D_sem", "D_ref")
 H_SEM, H_REF, D_SEM, D_REF = range(4)
 
-IMAGES_PER_SHARE = 10
+IMAGES_PER_SHARE = 5
 EXPRESSIONS_PER_IMAGE = 8
 WHITENED = 200  # images, and ten times as many expressions, that show how features vary
-MASKS_PER_SHARE = 4  # pairs whose masks SAM decodes: it takes longer over one than the generator over an expression
+MASKS_PER_SHARE = 2  # pairs whose masks SAM decodes: it takes longer over one than the generator over an expression
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,6 @@ def _masks(
     embeddings: Float[Tensor, "p c h w"],
     blend: bool,
 ) -> Float[Tensor, "p m m"]:
-    """SAM's single mask, in low resolution, for some prompts: (expression, query)."""
+    """SAM's best mask, in low resolution, for some prompts: (expression, query)."""
     points, label_logits, extents = prompts.points[asked], prompts.label_logits[asked], labels.extents[asked[0]]
     return best_logits(prompt_sam(segmenter, embeddings, points, label_logits, extents, blend))

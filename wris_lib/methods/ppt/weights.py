@@ -20,10 +20,10 @@ TRAIN = "python -m wris_lib train ppt"
 
 def save_generator(generator: PointGenerator, clip: Clip, path: Path) -> None:
     """Write a generator in half precision."""
-    about = {"format": FORMAT, "config": json.dumps(asdict(generator.config)), "clip": _identity(clip)}
+    about = {"format": FORMAT, "config": asdict(generator.config), "clip": _identity(clip)}
     state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in generator.state_dict().items()}
     with atomic_write(path) as file:
-        file.write(save(state, about))
+        file.write(save(state, {"ppt": json.dumps(about)}))  # one entry: several would be written in random order
 
 
 def load_generator(path: Path, clip: Clip) -> PointGenerator:
@@ -37,7 +37,7 @@ def load_generator(path: Path, clip: Clip) -> PointGenerator:
         raise WrisError(f"there is no generator at {path}; `{TRAIN}` makes one.")
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get("ppt", "{}"))
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WrisError(f"{path} is damaged, or no safetensors file; make it anew with `{TRAIN}`.") from error
@@ -51,8 +51,7 @@ def load_generator(path: Path, clip: Clip) -> PointGenerator:
             f"{path} was trained on the features of another CLIP than the one at hand, and would point anywhere; train"
             f" it anew with `{TRAIN}`."
         )
-    config = json.loads(about["config"])
-    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in about["config"].items()}
     generator = PointGenerator(GeneratorConfig(**sizes))
     try:
         generator.load_state_dict(state)
