@@ -289,7 +289,7 @@ def matching(
     """
     image = load_image(image)
     names = [f"object {y}" for y in range(len(boxes))] if names is None else names
-    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.6, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 0.85))
     draw(left, Panel(image))
     owner = dict(pairs)

@@ -11,7 +11,7 @@ from wris_lib.data.toyworld.pretraining import Pool
 from wris_lib.pretrain import prompts
 from wris_lib.pretrain import sam as pretrain
 from wris_lib.pretrain.prompts import LabelledImage
-from wris_lib.pretrain.sam import Batches, Round, SamWithOutlines, grow
+from wris_lib.pretrain.sam import PROMPTS, Batches, Round, SamWithOutlines, grow
 
 SHIRT, TROUSERS, BUTTON, BALL, CRUMB = 16, 17, 18, 32, 48
 
@@ -78,6 +78,34 @@ def test_several_points_lie_on_and_off_the_answer(labels):
     assert 0.5 < np.mean(off_a_part) < 1  # mostly denied on the same object
 
 
+def test_points_are_spread_over_the_answers_box(labels):
+    image, rng = LabelledImage(labels), np.random.default_rng(0)
+    counts, shares = [], []
+    for _ in range(600):
+        prompt = prompts.spread_prompt(image, 0.2, rng)
+        assert prompt.points.shape == (prompts.MOST_SPREAD, 2) and prompt.points.dtype == np.float32
+        x, y = prompt.points[prompt.labels >= 0].T.astype(int)
+        x0, y0, x1, y1 = prompts.tight_box(prompt.mask)
+        assert (x0 <= x).all() and (x < x1).all() and (y0 <= y).all() and (y < y1).all()
+        np.testing.assert_array_equal(prompt.mask[y, x], prompt.labels[prompt.labels >= 0] == 1)
+        assert (prompt.labels == 1).any()
+        counts.append(len(x))
+        if names(prompt.mask, labels) == {SHIRT}:  # with a hole where the button is
+            shares.append(prompt.mask[y, x].mean())
+    assert set(counts) == set(range(2, prompts.MOST_SPREAD + 1))
+    assert np.mean(shares) == pytest.approx((labels == SHIRT).sum() / 60**2, abs=0.02)
+
+
+def test_a_thin_answer_has_a_positive_point_nevertheless():
+    labels = np.zeros((256, 256), dtype=np.uint8)
+    labels[np.arange(250), np.arange(250)] = BALL  # a diagonal: points in its box nearly always miss it
+    image, rng = LabelledImage(labels), np.random.default_rng(0)
+    for _ in range(30):
+        prompt = prompts.spread_prompt(image, 0.2, rng)
+        x, y = prompt.points[prompt.labels == 1].T.astype(int)
+        assert len(x) and (labels[y, x] == BALL).all()
+
+
 def test_boxes_enclose_the_answer_roughly(labels):
     image, rng = LabelledImage(labels), np.random.default_rng(0)
     assert prompts.tight_box(labels == BALL).tolist() == [180, 150, 230, 200]
@@ -107,7 +135,7 @@ def test_outlines_are_where_labels_change(labels):
 
 
 def test_a_share_depends_on_its_number_alone_and_flips_together(pool):
-    batches = Batches(pool.images, pool.labels, 128, 64, late=99)
+    batches = Batches(pool.images, pool.labels, 128, 64, PROMPTS, late=99)
     first, again, other = batches(3), batches(3), batches(4)
     assert torch.equal(first["images"], again["images"])
     assert torch.equal(first["points"]["points"], again["points"]["points"])
@@ -116,7 +144,7 @@ def test_a_share_depends_on_its_number_alone_and_flips_together(pool):
     flipped = [image[0, 40, :64].float().mean() < 1 for image in first["images"]]  # the person stands on the left
     assert any(flipped) and not all(flipped)
     points, coverage = first["point"]["points"], first["point"]["coverage"]
-    each = pretrain.PROMPTS_PER_IMAGE["point"]
+    each = PROMPTS["point"]
     assert coverage.shape == (each * pretrain.IMAGES_PER_SHARE, 64, 64)
     assert 0 <= coverage.min() <= coverage.max() <= 1
     for i, (x, y) in enumerate(points[:, 0].tolist()):
@@ -124,8 +152,8 @@ def test_a_share_depends_on_its_number_alone_and_flips_together(pool):
         whole = {BALL: 2500}.get(int(first["images"][i // each, 0, int(y), int(x)]))
         if whole:
             assert coverage[i].sum() * 16 == pytest.approx(whole, rel=1e-3)
-    for kind in pretrain.PROMPTS_PER_IMAGE:
-        assert len(first[kind]["coverage"]) == pretrain.PROMPTS_PER_IMAGE[kind] * pretrain.IMAGES_PER_SHARE
+    for kind, count in PROMPTS.items():
+        assert len(first[kind]["coverage"]) == count * pretrain.IMAGES_PER_SHARE
     image = first["images"][:, 0]
     outlined, changes = first["outlines"][:, 1, :, :-1], (image[:, ::2, 2::2] != image[:, ::2, :-2:2])
     assert outlined[changes].float().mean() > 0.8  # they flip with the picture, too (which was scaled, hence not 1)
@@ -133,10 +161,11 @@ def test_a_share_depends_on_its_number_alone_and_flips_together(pool):
 
 def test_parts_are_asked_for_more_often_in_the_second_half(pool, monkeypatch):
     asked = []
-    kinds = dict.fromkeys(pretrain.PROMPTS_PER_IMAGE, lambda image, share, rng: asked.append(share) or DUMMY)
+    every = {kind: 1 for kind in prompts.SAMPLERS}
+    kinds = dict.fromkeys(every, lambda image, share, rng: asked.append(share) or DUMMY)
     monkeypatch.setattr(pretrain, "SAMPLERS", kinds)
     DUMMY = prompts.box_prompt(LabelledImage(pool.labels[0]), 0.3, np.random.default_rng(0))
-    batches = Batches(pool.images, pool.labels, 128, 64, late=7)
+    batches = Batches(pool.images, pool.labels, 128, 64, every, late=7)
     for number, shares in ((6, prompts.PART_SHARES), (7, prompts.LATE_PART_SHARES)):
         asked.clear()
         batches(number)
@@ -192,10 +221,9 @@ def test_the_cards_figures(labels):
 
 def test_it_learns(pool, monkeypatch):
     monkeypatch.setattr(pretrain, "IMAGES_PER_SHARE", 1)
-    monkeypatch.setattr(pretrain, "PROMPTS_PER_IMAGE", {"point": 1, "points": 1, "box": 1})
     torch.manual_seed(0)
     model = SamWithOutlines(build_toy_sam(128))
-    batches = Batches(pool.images, pool.labels, 128, 64, late=99)
+    batches = Batches(pool.images, pool.labels, 128, 64, {"point": 1, "points": 1, "box": 1}, late=99)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for step in range(12):
@@ -278,7 +306,8 @@ def miniature(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "MEASURED", 2)
     monkeypatch.setattr(pretrain, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(pretrain, "pool", lambda name: pool)
-    monkeypatch.setattr(pretrain, "ROUNDS", (Round(64, 3, 1e-3), Round(128, 2, 5e-4)))
+    last = Round(128, 1, 2e-4, {"spread": 2}, encoder=False)
+    monkeypatch.setattr(pretrain, "ROUNDS", (Round(64, 3, 1e-3), Round(128, 2, 5e-4), last))
 
 
 def test_a_run_in_miniature(miniature, tmp_path, capsys):
@@ -292,14 +321,32 @@ def test_a_run_in_miniature(miniature, tmp_path, capsys):
     card = (tmp_path / "weights" / "sam.md").read_text()
     assert "| whole, true box |" in card and "| object-centric | scenes |" in card
     words = " ".join(card.split())
-    assert "128×128 pixels in, masks of 64×64 out" in words and "2 images × 8 prompts" in words
-    assert "3 steps at 64×64 pixels (peak 0.001), then 2 steps at 128×128 pixels (peak 0.0005)" in words
+    assert "128×128 pixels in, masks of 64×64 out" in words and "2 images a step" in words
+    asked = "of an image 8 questions (3 point, 2 points, 3 box)"
+    assert (
+        f"1. 3 steps at 64×64 pixels, peak 0.001; {asked}. 2. 2 steps at 128×128 pixels, peak 0.0005; {asked}." in words
+    )
+    rested = "of an image 2 questions (2 spread). The image encoder does not learn any more."
+    assert f"3. 1 steps at 128×128 pixels, peak 0.0002; {rested}" in words
     before = (tmp_path / "weights" / "sam.safetensors").read_bytes()
     pretrain.main(None, tmp_path / "run", "cpu")  # nothing left to train: the same weights again
     assert (tmp_path / "weights" / "sam.safetensors").read_bytes() == before
     pretrain.main(1, tmp_path / "trial", "cpu")  # a trial stays where it is
     assert (tmp_path / "trial" / "sam.safetensors").exists()
     assert (tmp_path / "weights" / "sam.safetensors").read_bytes() == before
+
+
+def test_the_image_encoder_rests_where_it_should(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "IMAGES_PER_SHARE", 1)
+    torch.manual_seed(0)
+    model = SamWithOutlines(build_toy_sam(64))
+    model.sam.image_encoder.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = Batches(pool.images, pool.labels, 64, 32, {"spread": 2, "point": 1}, late=0)
+    (log,) = pretrain.fit(model, pretrain.loss, batches, Round(64, 1, 1e-3).recipe(), tmp_path)
+    assert {"spread_iou", "point_iou"} < set(log) and "outlines" not in log
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith(("sam.mask_decoder.", "sam.prompt_encoder.")) for name in changed)
 
 
 def test_the_second_round_goes_on_where_the_first_ended(miniature, tmp_path, monkeypatch):
@@ -316,6 +363,6 @@ def test_the_second_round_goes_on_where_the_first_ended(miniature, tmp_path, mon
     seen = []
     monkeypatch.setattr(pretrain, "fit", fit)
     pretrain.main(None, tmp_path / "run", "cpu")
-    assert rounds == [(64, 32, 2, 3, 1e-3), (128, 64, 0, 2, 5e-4)]
-    assert torch.equal(seen[1], seen[0] + 1)
-    assert "2 minutes on CPU" in (tmp_path / "weights" / "sam.md").read_text()
+    assert rounds == [(64, 32, 2, 3, 1e-3), (128, 64, 0, 2, 5e-4), (128, 64, 0, 1, 2e-4)]
+    assert torch.equal(seen[1], seen[0] + 1) and torch.equal(seen[2], seen[1] + 1)
+    assert "3 minutes on CPU" in (tmp_path / "weights" / "sam.md").read_text()

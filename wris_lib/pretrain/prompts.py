@@ -19,12 +19,13 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 SMALLEST_OBJECT = 150  # pixels: what shows less than this is not asked for
 LARGEST_PART = 0.8  # of the object: a larger part is the object
 # How often a part is the answer, wherever there is a part to answer with: to one point, to several, to a box.
-PART_SHARES = {"point": 0.75, "points": 0.4, "box": 0.3}
+PART_SHARES = {"point": 0.75, "points": 0.4, "box": 0.3, "spread": 0.2}
 # The same in the second half of training. A part is worth answering with only when it is cut well, and that is learnt
 # late: without these the whole stays the safer answer to nearly every point.
-LATE_PART_SHARES = {"point": 0.85, "points": 0.5, "box": 0.3}
+LATE_PART_SHARES = {"point": 0.85, "points": 0.5, "box": 0.3, "spread": 0.2}
 BACKGROUND_POINT = 0.08
 MOST_POINTS = 5  # positive ones, and as many negative ones
+MOST_SPREAD = 16  # points over a box, positive and negative
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def points_prompt(image: LabelledImage, part_share: float, rng: np.random.Genera
     """
     if not image.objects:
         prompt = point_prompt(image, part_share, rng)
-        return Prompt(*_padded(prompt.points, prompt.points[:0]), None, prompt.mask)
+        return Prompt(*_padded(prompt.points, prompt.points[:0], 2 * MOST_POINTS), None, prompt.mask)
     pixel, parts = _answer(image, part_share, rng)
     whole = image.objects[int(image.labels.flat[pixel]) // 16]
     on = image.inside(parts)
@@ -116,7 +117,20 @@ def points_prompt(image: LabelledImage, part_share: float, rng: np.random.Genera
             near = [label for label in others if label > 0]
             off.append(image.draw(near if near and rng.random() < 0.3 else others, rng))
     positive, negative = image.points(rng.choice(on, counts[0])), image.points(np.array(off, dtype=np.int64))
-    return Prompt(*_padded(positive, negative), None, image.mask(parts))
+    return Prompt(*_padded(positive, negative, 2 * MOST_POINTS), None, image.mask(parts))
+
+
+def spread_prompt(image: LabelledImage, part_share: float, rng: np.random.Generator) -> Prompt:
+    """Points uniform in the answer's box, those on it positive, the others negative; at least one is on it."""
+    parts = _answer(image, part_share, rng)[1] if image.objects else list(image.pixels)
+    mask = image.mask(parts)
+    x0, y0, x1, y1 = tight_box(mask).astype(int)
+    drawn = rng.integers([x0, y0], [x1, y1], (int(rng.integers(2, MOST_SPREAD, endpoint=True)), 2))
+    on = mask[drawn[:, 1], drawn[:, 0]]
+    if not on.any():
+        drawn[0], on[0] = image.points(np.array([image.draw(parts, rng)]))[0], True
+    points = drawn.astype(np.float32)
+    return Prompt(*_padded(points[on], points[~on], MOST_SPREAD), None, mask)
 
 
 def box_prompt(image: LabelledImage, part_share: float, rng: np.random.Generator) -> Prompt:
@@ -147,7 +161,7 @@ def _borders(labels: UInt8[np.ndarray, "height width"]) -> Bool[np.ndarray, "hei
     return borders
 
 
-SAMPLERS = {"point": point_prompt, "points": points_prompt, "box": box_prompt}
+SAMPLERS = {"point": point_prompt, "points": points_prompt, "spread": spread_prompt, "box": box_prompt}
 
 
 def tight_box(mask: Bool[np.ndarray, "height width"]) -> Float[np.ndarray, "4"]:
@@ -168,8 +182,8 @@ def _answer(image: LabelledImage, part_share: float, rng: np.random.Generator) -
     return pixel, [part] if is_part else whole
 
 
-def _padded(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points and labels, padded to twice MOST_POINTS."""
-    missing = 2 * MOST_POINTS - len(positive) - len(negative)
+def _padded(positive: np.ndarray, negative: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points and labels, padded to a length."""
+    missing = length - len(positive) - len(negative)
     points = np.concatenate([positive, negative, np.zeros((missing, 2), dtype=np.float32)])
     return points, np.repeat([1, 0, -1], [len(positive), len(negative), missing])

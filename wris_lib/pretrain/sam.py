@@ -8,11 +8,12 @@ A prompt teaches the image encoder about one object only. So a second, small hea
 the picture from the same image embedding; it is thrown away after training.
 
 What an object is, is learnt on small pictures, at less than half the cost of a step. A second, shorter round on larger
-ones then learns where exactly it ends.
+ones then learns where exactly it ends. In a third one the image encoder rests, and decoder and prompt encoder learn
+what many points mean that are spread over a box, on the object and off it: so PPT asks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from wris_lib.data.toyworld.pretraining import Pool, pool
 from wris_lib.files import atomic_write, cache_dir
 from wris_lib.pretrain.prompts import (
     LATE_PART_SHARES,
+    MOST_SPREAD,
     PART_SHARES,
     SAMPLERS,
     SMALLEST_OBJECT,
@@ -46,18 +48,28 @@ from wris_lib.train import Recipe, fit
 
 SHARES = 2  # of a step's batch, for as many processes
 IMAGES_PER_SHARE = 4
-PROMPTS_PER_IMAGE = {"point": 3, "points": 2, "box": 3}
+PROMPTS = {"point": 3, "points": 2, "box": 3}  # an image
 HELD_OUT = 400  # last images of the pool: never trained on
 MEASURED = 150  # of them
 
 
 @dataclass(frozen=True)
 class Round:
-    """A part of training: side of SAM's input in pixels, optimiser steps, peak learning rate."""
+    """A part of training.
+
+    Args:
+        size: side of SAM's input in pixels.
+        steps: of the optimiser.
+        learning_rate: its peak.
+        prompts: kinds and numbers of questions about an image, see `SAMPLERS`.
+        encoder: whether the image encoder learns, too.
+    """
 
     size: int
     steps: int
     learning_rate: float
+    prompts: dict[str, int] = field(default_factory=lambda: PROMPTS)
+    encoder: bool = True
 
     def recipe(self) -> Recipe:
         """bf16, measured on one thread with AMX: 0.40 s a step instead of 0.58 s in fp32 at 128 pixels, the first
@@ -68,7 +80,11 @@ class Round:
         )
 
 
-ROUNDS = (Round(128, 12_000, 1.5e-3), Round(192, 6_000, 8e-4))
+ROUNDS = (
+    Round(128, 12_000, 1.5e-3),
+    Round(192, 6_000, 8e-4),
+    Round(192, 2_500, 5e-4, PROMPTS | {"spread": 4}, encoder=False),
+)
 
 
 class SamWithOutlines(nn.Module):
@@ -97,17 +113,26 @@ class Batches:
         labels: of the pool, at the images' size.
         input_size: of SAM, in pixels.
         mask_size: of SAM's low-resolution masks.
+        prompts: kinds and numbers of questions about an image.
         late: from this number on parts are asked for more often.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, input_size: int, mask_size: int, late: int):
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        input_size: int,
+        mask_size: int,
+        prompts: dict[str, int],
+        late: int,
+    ):
         self.images, self.labels = images, labels
-        self.input_size, self.mask_size, self.late = input_size, mask_size, late
+        self.input_size, self.mask_size, self.prompts, self.late = input_size, mask_size, prompts, late
 
     def __call__(self, number: int) -> dict[str, Any]:
         rng = np.random.default_rng([0, number])
         part_shares = PART_SHARES if number < self.late else LATE_PART_SHARES
-        pictures, maps, prompts = [], [], {kind: [] for kind in PROMPTS_PER_IMAGE}
+        pictures, maps, prompts = [], [], {kind: [] for kind in self.prompts}
         for i in rng.integers(len(self.images), size=IMAGES_PER_SHARE):
             pixels, labels = np.asarray(self.images[i]), np.asarray(self.labels[i])
             if rng.random() < 0.5:
@@ -116,7 +141,7 @@ class Batches:
             pictures.append(torch.from_numpy(np.array(picture)))
             maps.append(outlines(labels, self.mask_size))
             image = LabelledImage(labels)
-            for kind, count in PROMPTS_PER_IMAGE.items():
+            for kind, count in self.prompts.items():
                 prompts[kind] += [SAMPLERS[kind](image, part_shares[kind], rng) for _ in range(count)]
         batch: dict[str, Any] = {kind: self._stack(found) for kind, found in prompts.items()}
         return batch | {"images": torch.stack(pictures).permute(0, 3, 1, 2), "outlines": torch.stack(maps)}
@@ -165,10 +190,16 @@ def loss(model: SamWithOutlines, batch: dict[str, Any], step: int) -> dict[str, 
     """SAM's loss over all prompts of a batch, and that of the outlines; the "…_iou" are best-of-three."""
     sam = model.sam
     embeddings = sam.image_encoder(sam.preprocess(batch["images"]))
-    total = cross_entropy(model.outlines(embeddings).float(), batch["outlines"])
-    terms: dict[str, Tensor] = {"outlines": total.detach()}
-    for kind, share in PROMPTS_PER_IMAGE.items():
+    terms: dict[str, Tensor] = {}
+    total = embeddings.new_zeros(())
+    if embeddings.requires_grad:  # otherwise there is nothing to be learnt from the outlines
+        total = cross_entropy(model.outlines(embeddings).float(), batch["outlines"])
+        terms["outlines"] = total.detach()
+    kinds = [kind for kind in SAMPLERS if kind in batch]
+    asked = sum(len(batch[kind]["coverage"]) for kind in kinds)
+    for kind in kinds:
         prompts = batch[kind]
+        share = len(prompts["coverage"]) // len(embeddings)
         rows = embeddings.repeat_interleave(share, dim=0)
         logits, predicted = decode_prompts(sam, rows, prompts["points"], prompts["labels"], prompts["box"])
         logits, target = logits.float(), prompts["coverage"][:, None]
@@ -179,7 +210,7 @@ def loss(model: SamWithOutlines, batch: dict[str, Any], step: int) -> dict[str, 
         with torch.no_grad():
             iou = mask_iou(logits > 0, target > 0.5)
         error = (predicted.float() - iou)[:, int(kind == "point") :].square().mean()
-        total = total + (kind_loss + error) * share / sum(PROMPTS_PER_IMAGE.values())
+        total = total + (kind_loss + error) * len(prompts["coverage"]) / asked
         terms[f"{kind}_iou"] = iou[:, 1:].max(dim=1).values.mean()
         terms[f"{kind}_error"] = error.detach()
     return {"loss": total} | terms
@@ -256,13 +287,18 @@ def model_card(sam: Sam, rounds: Sequence[Round], minutes: float, figures: dict[
         figures: of `measure`, by the kind of image.
     """
     parameters = sum(p.numel() for p in sam.parameters()) / 1e6
-    prompts = sum(PROMPTS_PER_IMAGE.values())
     processes = PartialState().num_processes
     device = f"CPU, {torch.get_num_threads()} thread(s) in each of {processes} process(es)"
     if sam.device.type == "cuda":
         device = f"{processes} × {torch.cuda.get_device_name(sam.device)}"
     side, masks = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size[0]
-    recipe = ",\nthen ".join(f"{r.steps} steps at {r.size}×{r.size} pixels (peak {r.learning_rate:g})" for r in rounds)
+    resting = ".\n   The image encoder does not learn any more"
+    recipe = "\n".join(
+        f"{number}. {this.steps} steps at {this.size}×{this.size} pixels, peak {this.learning_rate:g}; of an image"
+        f" {sum(this.prompts.values())} questions ({', '.join(f'{n} {kind}' for kind, n in this.prompts.items())})"
+        f"{'' if this.encoder else resting}."
+        for number, this in enumerate(rounds, start=1)
+    )
     rows = [
         " | ".join([name, *(f"{column[name]:.1f}" for column in figures.values())])
         for name in next(iter(figures.values()))
@@ -276,13 +312,17 @@ segment_anything's `Sam` with a small configuration (`wris_lib/backbones/sam.py`
 **Data.** The pool `sam` of the toy world: images with masks of whole objects and their parts, without classes and
 without words. {HELD_OUT} images are held out for the figures below.
 
-**Recipe.** `python -m wris_lib pretrain sam`: {recipe};
-each with {SHARES * IMAGES_PER_SHARE} images × {prompts} prompts
-({", ".join(f"{n} {kind}" for kind, n in PROMPTS_PER_IMAGE.items())}), bf16, AdamW, a learning rate that follows a
-cosine. The loss: focal and Dice loss of the best of three masks, the squared error of the predicted IoU, and, through a
-head that is not kept, the outlines of everything in the picture. One point on a part asks for the part in
-{PART_SHARES["point"]:.0%} of cases, from the middle of the first round on in {LATE_PART_SHARES["point"]:.0%};
-several points in {PART_SHARES["points"]:.0%} and {LATE_PART_SHARES["points"]:.0%}: the ambiguity is meant.
+**Recipe.** `python -m wris_lib pretrain sam`, {SHARES * IMAGES_PER_SHARE} images a step, bf16, AdamW, a learning rate
+that follows a cosine in every round:
+
+{recipe}
+
+The loss: focal and Dice loss of the best of three masks, the squared error of the predicted IoU, and, as long as the
+encoder learns, through a head that is not kept, the outlines of everything in the picture. One point on a part asks for
+the part in {PART_SHARES["point"]:.0%} of cases, from the middle of the first round on in
+{LATE_PART_SHARES["point"]:.0%}; several points in {PART_SHARES["points"]:.0%} and {LATE_PART_SHARES["points"]:.0%}: the
+ambiguity is meant. "spread" are up to {MOST_SPREAD} points, uniform in the answer's box, and positive where they are
+on it.
 
 **Made.** {date.today().isoformat()}, {minutes:.0f} minutes on {device}; torch {torch.__version__}.
 
@@ -315,9 +355,11 @@ def main(steps: int | None = None, folder: Path | None = None, device: str | tor
         if number:
             sam = grow(sam, this.size)
         late = this.steps // 2 * SHARES if number == 0 else 0
+        sam.image_encoder.requires_grad_(this.encoder)
         mask_size = sam.prompt_encoder.mask_input_size[0]
-        batches = Batches(data.images[:-HELD_OUT], data.labels[:-HELD_OUT], this.size, mask_size, late)
-        log = fit(SamWithOutlines(sam), loss, batches, this.recipe(), folder / str(this.size), device)
+        pictures, labels = data.images[:-HELD_OUT], data.labels[:-HELD_OUT]
+        batches = Batches(pictures, labels, this.size, mask_size, this.prompts, late)
+        log = fit(SamWithOutlines(sam), loss, batches, this.recipe(), folder / f"round {number + 1}", device)
         seconds += sum(row["seconds"] for row in log)
     if not PartialState().is_main_process:
         return
