@@ -16,8 +16,11 @@ help:
 	@echo "make test   check style, run the unit tests and every notebook"
 	@echo "make setup  only make the environment, in .venv"
 
+# Jupyter refuses to work for root unless it is told to; in containers there is often nobody else.
+ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
 lab: setup
-	@$(VENV_PYTHON) -m jupyterlab notebooks/00_start_here.ipynb
+	@$(VENV_PYTHON) -m jupyterlab $(ALLOW_ROOT) notebooks/00_start_here.ipynb
 
 test: setup
 	$(VENV_PYTHON) -m ruff check

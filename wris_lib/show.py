@@ -314,7 +314,7 @@ def matching(
     right.set_xticks(range(len(boxes)), names, fontsize=8)
     right.set_yticks(range(len(costs)))
     right.set_ylabel("query")
-    right.set_title("what each pair would cost, and the pairs that are taken", fontsize=10)
+    right.set_title("cost of each pair; frames: those taken", fontsize=10)
     return Picture(figure)
 
 
