@@ -114,7 +114,7 @@ def test_sizes_are_what_this_clip_gives(clip, tokenizer):
     config = configure(clip)
     assert config.stages == (1, 2, "surgery")  # of four blocks
     assert (config.visual_channels, config.word_channels) == ((24, 24, 20), 16)
-    assert (config.queries, config.points, config.anchored) == (16, 4, True)
+    assert (config.queries, config.points, config.anchored) == (16, 9, True)
     six = Clip(test_clip.tiny_model(layers=6), tokenizer, dense_size=32, device="cpu")
     assert configure(six).stages == (2, 4, "surgery")
 
@@ -122,14 +122,14 @@ def test_sizes_are_what_this_clip_gives(clip, tokenizer):
 def test_other_sizes_for_studies(clip):
     config = configure(clip, queries=5, points=2, anchored=False)
     assert (config.queries, config.points, config.anchored) == (5, 2, False)
-    assert replace(config, queries=16, points=4, anchored=True) == configure(clip)
+    assert replace(config, queries=16, points=9, anchored=True) == configure(clip)
     with pytest.raises(WrisError, match="5 anchored queries do not fill a square grid"):
         configure(clip, queries=5)
 
 
 def test_a_generator_of_these_sizes_reads_this_clip(clip, segmenter):
     ppt = Ppt(clip, segmenter, PointGenerator(replace(configure(clip), **SIZES)))
-    assert ppt.prompts(Image.new("RGB", (40, 20)), ["the red dog"]).points.shape == (1, 16, 4, 2)
+    assert ppt.prompts(Image.new("RGB", (40, 20)), ["the red dog"]).points.shape == (1, 16, 9, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- the data

@@ -101,7 +101,10 @@ def clip(tokenizer) -> Clip:
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
     torch.manual_seed(0)
-    return Segmenter(build_toy_sam(64))
+    sam = build_toy_sam(64)
+    # An untrained SAM trusts its three masks nearly alike; rounding, which depends on threads, would choose among them.
+    sam.mask_decoder.iou_prediction_head.layers[-1].bias.data = torch.tensor([0.0, 1.0, 3.0, 2.0])
+    return Segmenter(sam)
 
 
 @pytest.fixture(scope="module")
@@ -279,13 +282,10 @@ def slow_loss(generator: PointGenerator, segmenter: Segmenter, batch: dict, weig
     side = segmenter.sam.image_encoder.img_size
     found = {"points": [], "labels": [], "dice": [], "mask": [], "score": []}
     decoded = dict(zip(batch["decoded"].tolist(), batch["embeddings"], strict=True))
-    for e, b in enumerate(inputs["image"].tolist()):
-        words = inputs["words"][e, inputs["mask"][e]]
-        visual = [features[b : b + 1] for features in inputs["visual"]]
-        with torch.no_grad():
-            there, about = torch.ones(1, len(words), dtype=torch.bool), torch.tensor([0])
-            prompts = generator(visual, words[None], there, about, inputs["directions"][[e]])
-        points, logits, scores = (x[0].numpy() for x in vars(prompts).values())
+    with torch.no_grad():
+        prompts = generator(**inputs)
+    for e in range(len(inputs["image"])):
+        points, logits, scores = (x[e].numpy() for x in vars(prompts).values())
         pairs = {}
         for k in range(len(points)):
             for y in np.flatnonzero(labels["present"][e]):
