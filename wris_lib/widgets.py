@@ -54,6 +54,7 @@ class Lab:
     view: ipywidgets.Widget
 
     def __init__(self) -> None:
+        self._following = False
         self._message = ipywidgets.HTML()
         self._result = ipywidgets.Image(format="jpeg", layout={"max_width": "100%", "align_self": "flex-start"})
 
@@ -75,6 +76,23 @@ class Lab:
             call = f"{action.__name__}({', '.join(map(repr, arguments))})"
             reason = " ".join(str(error).split())
             self._say(f"✘ {type(error).__name__}: {reason}. Call {call} of the lab in a cell to see where.")
+
+    def _set_controls(self) -> None:
+        """Set the controls to how things stand; for labs whose functions change what controls show."""
+
+    def _follow(self) -> None:
+        """Let the controls show how things stand, which is no order to change anything."""
+        self._following = True
+        try:
+            self._set_controls()
+        finally:
+            self._following = False
+
+    def _do(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """What such a control asks for. After an error it goes back to where it was."""
+        if not self._following:
+            self._try(action, *arguments)
+            self._follow()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         return self.view._repr_mimebundle_(**kwargs)

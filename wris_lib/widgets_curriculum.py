@@ -9,8 +9,7 @@ As in `wris_lib.widgets`, whatever a slider or a field does is a plain method, a
 of a cell.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import ipywidgets
 import numpy as np
@@ -79,7 +78,6 @@ class StageLab(Lab):
             description="expression",
             layout={"width": "400px"},
         )
-        self._following = False
         self._slider.observe(lambda change: self._do(self.show_stage, change["new"]), "value")
         self._text.observe(lambda change: self._do(self.ask, change["new"]), "value")
         controls = ipywidgets.HBox([self._slider, self._text], layout=ROW)
@@ -147,16 +145,5 @@ class StageLab(Lab):
             f" image{self._worth(answer)}."
         )
 
-    def _follow(self) -> None:
-        """Let the controls show how things stand, which is no order to change anything."""
-        self._following = True
-        try:
-            self._slider.value, self._text.value = self.stage, self.expression
-        finally:
-            self._following = False
-
-    def _do(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """What a control asks for. After an error it goes back to where it was."""
-        if not self._following:
-            self._try(action, *arguments)
-            self._follow()
+    def _set_controls(self) -> None:
+        self._slider.value, self._text.value = self.stage, self.expression

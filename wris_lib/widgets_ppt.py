@@ -10,7 +10,6 @@ As in `wris_lib.widgets`, whatever a click or a slider does is a plain method, a
 of a cell.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
@@ -86,7 +85,6 @@ class PromptLab(Lab):
         self.prompts = self.method.prompts(self.image, [self.expression])
         self._embedded = self.method.sam.embed(self.image)
         self._picture = ClickablePicture(alt="The image. Click on it, or set x and y below, to move the chosen point.")
-        self._following = False
         self.view = self._build()
         self.choose_query(int(self.prompts.score_logits[0].argmax()))
 
@@ -208,22 +206,11 @@ class PromptLab(Lab):
         self._follow()
         self._picture.jpeg = self._draw_picture().jpeg
 
-    def _follow(self) -> None:
-        """Let the controls show how things stand, which is no order to change anything."""
-        self._following = True
-        try:
-            self._query.value, self._point.value = self.query, self.point
-            self._label.value = int(self.labels[self.point])
-            for slider, place in zip((self._x, self._y), self.points[self.point], strict=True):
-                slider.value = int(place)
-        finally:
-            self._following = False
-
-    def _do(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """What a control asks for. After an error it goes back to where it was."""
-        if not self._following:
-            self._try(action, *arguments)
-            self._follow()
+    def _set_controls(self) -> None:
+        self._query.value, self._point.value = self.query, self.point
+        self._label.value = int(self.labels[self.point])
+        for slider, place in zip((self._x, self._y), self.points[self.point], strict=True):
+            slider.value = int(place)
 
     def _draw_picture(self) -> Picture:
         """Image, mask and numbered points without any margin, so that a share of the picture is one of the image."""

@@ -207,7 +207,7 @@ class Clip:
             WrisError: unknown kind.
         """
         patches = features.plain if _checked(kind) == "plain" else features.surgery
-        return torch.einsum("hwd,bd->bhw", patches, self._directions(expressions, kind))
+        return torch.einsum("hwd,bd->bhw", patches, self.directions(expressions, kind))
 
     def similarity_map(
         self, images: Float[Tensor, "B 3 H W"], expressions: Sequence[str], kind: str = "surgery"
@@ -215,7 +215,7 @@ class Clip:
         """Similarity maps of image i with expression i; otherwise like `maps`."""
         _, plain, surgery = self._encode(images)
         patches = plain if _checked(kind) == "plain" else surgery
-        return torch.einsum("bhwd,bd->bhw", patches, self._directions(expressions, kind))
+        return torch.einsum("bhwd,bd->bhw", patches, self.directions(expressions, kind))
 
     def label_maps(self, features: ImageFeatures, labels: Sequence[str]) -> Float[Tensor, "B h w"]:
         """CLIP Surgery's maps for a set of labels, of which each takes away what it shares with the others.
@@ -233,7 +233,8 @@ class Clip:
     def _empty_text(self) -> Float[Tensor, "1 D"]:
         return self.text_features([""])
 
-    def _directions(self, expressions: Sequence[str], kind: str) -> Float[Tensor, "B D"]:
+    def directions(self, expressions: Sequence[str], kind: str = "surgery") -> Float[Tensor, "B D"]:
+        """What patches are compared with: the texts' features, for "surgery" less those of the empty text."""
         text = self.text_features(expressions)
         return text if kind == "plain" else text - self._empty_text
 

@@ -18,7 +18,8 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 SMALLEST_OBJECT = 150  # pixels: what shows less than this is not asked for
 LARGEST_PART = 0.8  # of the object: a larger part is the object
-# How often a part is the answer, wherever there is a part to answer with: to one point, to several, to a box.
+# How often a part is the answer, wherever there is a part to answer with: to one point, to several, to a box,
+# to many points that are spread over a box.
 PART_SHARES = {"point": 0.75, "points": 0.4, "box": 0.3, "spread": 0.2}
 # The same in the second half of training. A part is worth answering with only when it is cut well, and that is learnt
 # late: without these the whole stays the safer answer to nearly every point.

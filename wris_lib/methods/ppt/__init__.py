@@ -66,7 +66,7 @@ class Ppt(Method):
         visual = self.clip.patch_features(self.clip.preprocess(image)[None], self.generator.config.stages)
         words, mask = self.clip.word_features(expressions)
         about = torch.zeros(len(expressions), dtype=torch.int64, device=words.device)
-        directions = self.clip.text_features(expressions) - self.clip.text_features([""])
+        directions = self.clip.directions(expressions)
         return self.generator([features.float() for features in visual], words.float(), mask, about, directions.float())
 
     def masks(self, embedded: SamImage, prompts: PointPrompts) -> SamMasks:

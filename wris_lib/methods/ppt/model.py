@@ -369,8 +369,7 @@ class PointGenerator(nn.Module):
             words: of the expressions.
             mask: True at words, False at padding. The last word stands for the sentence.
             image: for each expression which image it is about, 0..B-1.
-            directions: of the expressions in the space that CLIP's images and texts share: what is left of their
-                features without those of the empty text. For anchored queries.
+            directions: `Clip.directions` of the expressions, for anchored queries.
         """
         groups = Groups(image, len(visual[0]))
         words = self.whiten_words(words)

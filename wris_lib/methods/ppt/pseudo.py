@@ -156,7 +156,7 @@ def from_expressions(method: Method, parser: Parser, items: Iterable[Expression]
     a noun phrase, too, but there is nothing of that name to be found; such phrases do not count.
 
     Where CLIP + SAM is in doubt it answers with several objects at once. A candidate is to be one object: the largest
-    connected piece. On ToyRef train 67 of 100 candidates are then an object (IoU 0.5), and without this 51.
+    connected piece. Of 483 expressions of ToyRef train 69 % then give an object (IoU 0.5), and without this 49 %.
 
     Args:
         method: CLIP + SAM.
