@@ -1,6 +1,7 @@
 """`segment` and CLIP + SAM, with a CLIP whose maps are known and a SAM that draws discs."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from wris_lib.backbones.checkpoints import Stack
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam
 from wris_lib.errors import WrisError
 from wris_lib.methods import clip_sam
-from wris_lib.methods.clip_sam import ClipSam, PointRule, enlarge, points_from_map, scale
+from wris_lib.methods.clip_sam import ClipSam, PointRule, enlarge, peaks_of_map, points_from_map, scale
 
 
 class FakeClip:
@@ -97,6 +98,23 @@ def test_the_trace_shows_every_step(models):
     assert second.note == "1 positive, 1 negative" and second.points is not None
     assert third.masks.shape == (3, 40, 80) and third.scores.tolist() == pytest.approx([0.2, 0.9, 0.4])
     assert (third.masks[1] == prediction.mask).all()
+
+
+def test_every_peak_is_asked_about(monkeypatch):
+    """With a real SAM, however small: prompts of one length are decoded together, and keep their places."""
+    torch.manual_seed(0)
+    segmenter = Segmenter(build_toy_sam(64))
+    maps = torch.zeros(2, 4, 4)
+    maps[0, 0, 0], maps[0, 3, 3], maps[0, 2, 3], maps[1, 1, 2] = 0.9, 1.0, 0.95, 1.0
+    clip = SimpleNamespace(encode_image=lambda image: None, maps=lambda features, expressions, kind: maps)
+    monkeypatch.setattr(ClipSam, "__init__", ClipSam.__init__.__wrapped__)
+    found = ClipSam(clip, segmenter).find_all(IMAGE, ["two peaks", "one"])
+    assert [len(masks) for masks in found] == [2, 1] and ClipSam(clip, segmenter).find_all(IMAGE, []) == []
+    embedded = segmenter.embed(IMAGE)
+    for masks, response_map in zip(found, maps.numpy(), strict=True):
+        for mask, (points, labels) in zip(masks, peaks_of_map(response_map, 80, 40), strict=True):
+            decoded = segmenter.decode(embedded, torch.from_numpy(points)[None], torch.from_numpy(labels)[None])
+            assert (mask == segmenter.best_mask(embedded, decoded)[0]).mean() > 0.99
 
 
 def test_many_expressions_share_one_embedding_and_keep_their_order(models):
@@ -206,6 +224,17 @@ def test_a_single_cell_is_positive():
     assert points.tolist() == [[15, 5]] and labels.tolist() == [1]
 
 
+def test_peaks_by_hand():
+    response_map = np.array([[0.0, 10, 8, 1, 2], [7, 2, 3, 4, 2], [3, 3, 3, 3, 9]], np.float32)
+    first, second = peaks_of_map(response_map, width=50, height=30, rule=PointRule(most=3))
+    # 10 is a peak, and of its neighbours 8 reaches 0.8 of it; 9 is one, too, and 8 of 10 is not its neighbour.
+    assert first[0].tolist() == [[15, 5], [25, 5], [5, 5], [35, 5], [45, 5]] and first[1].tolist() == [1, 1, 0, 0, 0]
+    assert second[0].tolist() == [[45, 25], [5, 5], [35, 5], [45, 5]] and second[1].tolist() == [1, 0, 0, 0]
+    (only,) = peaks_of_map(response_map, 50, 30, PointRule(threshold=0.95, negatives=False))
+    assert only[0].tolist() == [[15, 5]] and only[1].tolist() == [1]
+    assert peaks_of_map(np.full((3, 3), 5, np.float32), 9, 9) == []
+
+
 maps = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.floats(-5, 5, width=16))
 
 
@@ -226,6 +255,22 @@ def test_points_invariants(response_map, width, height, rule):
     assert len(cells) == len(points)  # no cell is asked for twice, none is both
     values = scale(response_map).ravel()
     assert values.max() == pytest.approx(values[points_cell(points[0], response_map, width, height)])
+
+
+@settings(deadline=None)
+@given(maps, st.integers(1, 500), st.integers(1, 500), rules)
+def test_peaks_invariants(response_map, width, height, rule):
+    scaled, highest = scale(response_map), []
+    for points, labels in peaks_of_map(response_map, width, height, rule):
+        cells = [points_cell(point, response_map, width, height) for point in points]
+        assert len(set(cells)) == len(cells)  # no cell is asked for twice, none is both
+        positive = int(labels.sum())
+        assert 1 <= positive <= 9 and labels[:positive].all() and (positive == len(labels) or rule.negatives)
+        values = scaled.ravel()[cells[:positive]]
+        assert values.max() >= rule.threshold and values.min() >= rule.threshold * values.max()
+        highest.append(values.max())
+    assert highest == sorted(highest, reverse=True)
+    assert not highest or highest[0] == scaled.max()
 
 
 def points_cell(point, response_map, width, height) -> int:

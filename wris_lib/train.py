@@ -158,10 +158,8 @@ def fit(
             if processes.num_processes > 1:
                 values, stop = _synchronise(model, values, stop)
             if not math.isfinite(values["loss"]):
-                raise WrisError(
-                    f"the loss became {values['loss']} at step {step}; train slower or in fp32. "
-                    f"The last good state is in {path}."
-                )
+                kept = f" The last good state is in {path}." if path.exists() else ""
+                raise WrisError(f"the loss became {values['loss']} at step {step}; train slower or in fp32.{kept}")
             nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
             optimizer.step()
             log.append({"step": step, "seconds": time.perf_counter() - start, **values})

@@ -24,7 +24,7 @@ from wris_lib.errors import WrisError
 from wris_lib.evaluate import iou
 from wris_lib.methods import load_method
 from wris_lib.methods.ppt import Ppt
-from wris_lib.methods.ppt.model import PointPrompts, best_logits
+from wris_lib.methods.ppt.prompts import PointPrompts, best_logits
 from wris_lib.show import DPI, LONGEST, ImageSource, Panel, Picture, draw, grid
 from wris_lib.widgets import INCHES, ROW, ClickablePicture, Lab
 

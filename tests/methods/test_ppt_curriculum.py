@@ -18,7 +18,7 @@ from wris_lib.errors import WrisError
 from wris_lib.methods.ppt import curriculum, training
 from wris_lib.methods.ppt.curriculum import CURRICULA, FULL, Done, Round, Training, mask_ious, predict, select, train
 from wris_lib.methods.ppt.labels import UNKNOWN
-from wris_lib.methods.ppt.training import DATASETS, H_REF
+from wris_lib.methods.ppt.training import DATASETS
 
 tokenizer, clip = test_clip.tokenizer, test_ppt_training.clip
 segmenter, data = test_ppt_training.segmenter, test_ppt_training.data
@@ -50,7 +50,8 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 def test_every_curriculum_has_the_same_steps_at_the_same_rates():
     for name, rounds in CURRICULA.items():
         assert sum(each.share for each in rounds) == pytest.approx(1), name
-        assert [(each.share, each.rate) for each in rounds] == [(each.share, each.rate) for each in FULL]
+        if name != "plain":
+            assert [(each.share, each.rate) for each in rounds] == [(each.share, each.rate) for each in FULL]
         assert all(set(each.datasets) <= set(DATASETS) and each.datasets for each in rounds)
         stages = [each.stage for each in rounds]
         assert stages == sorted(stages) and stages[0] == 1 and stages[-1] <= 3
@@ -73,6 +74,7 @@ def test_what_an_ablation_leaves_out(name, left_out):
 
 def test_without_an_order_every_round_is_the_same():
     for name, datasets in (("no curriculum", set(DATASETS)), ("plain", {"H_sem", "H_ref"})):
+        assert len(CURRICULA[name]) == (1 if name == "plain" else len(FULL))
         assert all(set(each.datasets) == datasets and each.stage == 1 for each in CURRICULA[name])
 
 
@@ -95,7 +97,7 @@ def test_each_round_has_a_schedule_and_random_numbers_of_its_own():
 
 @pytest.fixture
 def spy(monkeypatch):
-    """Nothing is trained; what a round would see is noted. Of H_ref each round selects other candidates."""
+    """Nothing is trained; what a round would see is noted. Of H each round selects other candidates."""
     seen, asked = [], []
 
     def fake_select(generator, segmenter, data, expressions):
@@ -116,7 +118,7 @@ def spy(monkeypatch):
 def test_a_round_sees_its_datasets_and_nothing_else(data, segmenter, tmp_path, spy, name):
     seen, asked = spy
     done = list(train(tiny_generator(), segmenter, data, CURRICULA[name], TRAINING, tmp_path))
-    of_h_ref = data.dataset == H_REF
+    of_h = data.of(["H_sem", "H_ref"])
     for number, (each, result, (active, expressions, points, _)) in enumerate(
         zip(CURRICULA[name], done, seen, strict=True)
     ):
@@ -125,16 +127,19 @@ def test_a_round_sees_its_datasets_and_nothing_else(data, segmenter, tmp_path, s
         known = [e for e in data.of(each.datasets) if referents[e] != UNKNOWN]
         assert expressions.tolist() == known
         assert {DATASETS[d] for d in data.dataset[expressions]} == set(each.datasets)
-        assert np.array_equal(referents[~of_h_ref], data.labels.referent[~of_h_ref])
-        assert np.array_equal(result.referents[of_h_ref], referents[of_h_ref])
-        assert (result.referents[~of_h_ref] == UNKNOWN).all()
-        if "H_ref" in each.datasets:  # all but the fourth, in which nothing was found
-            assert (referents[of_h_ref] != UNKNOWN).tolist() == [True, True, True, False], number
-        else:
-            assert (result.referents == UNKNOWN).all()
-    assert len(asked) == sum("H_ref" in each.datasets for each in CURRICULA[name])  # anew before every such round
-    assert all(expressions.tolist() == data.of(["H_ref"]).tolist() for expressions in asked)
-    chosen = [result.referents.tolist() for result in done if "H_ref" in result.round.datasets]
+        others = np.setdiff1d(np.arange(len(referents)), of_h)
+        assert np.array_equal(referents[others], data.labels.referent[others])
+        assert np.array_equal(result.referents, referents)
+        if "H_ref" not in each.datasets:
+            assert np.array_equal(referents, data.labels.referent)
+        elif number == 0:  # CLIP's choice
+            assert (referents[of_h] == 0).all()
+        else:  # all but the fourth, in which nothing was found
+            assert (referents[of_h] != UNKNOWN).tolist() == [n != 3 for n in range(len(of_h))], number
+    selects = ["H_ref" in each.datasets for each in CURRICULA[name][1:]]
+    assert len(asked) == sum(selects)  # anew before every such round but the first
+    assert all(expressions.tolist() == of_h.tolist() for expressions in asked)
+    chosen = [result.referents.tolist() for result in done[1:] if "H_ref" in result.round.datasets]
     assert all(earlier != later for earlier, later in zip(chosen, chosen[1:], strict=False))
     assert len({seed for *_, seed in seen}) == len(seen)
 
@@ -144,10 +149,14 @@ def test_a_round_without_data(data, segmenter, tmp_path, monkeypatch):
     steps = train(tiny_generator(), segmenter, h_sem, (Round(1, ("D_sem", "D_ref"), 1.0),), TRAINING, tmp_path)
     with pytest.raises(WrisError, match="round 1 learns from D_sem, D_ref, but there is no expression with a referent"):
         next(steps)
-    nothing = np.full(4, UNKNOWN)
+    nothing = np.full(len(data.of(["H_sem", "H_ref"])), UNKNOWN)
     monkeypatch.setattr(curriculum, "select", lambda *arguments: nothing)
-    with pytest.raises(WrisError, match="round 1 learns from H_ref, but .*did CLIP [+] SAM find anything"):
-        next(train(tiny_generator(), segmenter, data, (Round(1, ("H_ref",), 1.0),), TRAINING, tmp_path))
+    monkeypatch.setattr(curriculum, "fit", lambda *arguments: [])
+    rounds = (Round(1, ("D_sem",), 0.5), Round(2, ("H_ref",), 0.5))
+    steps = train(tiny_generator(), segmenter, data, rounds, TRAINING, tmp_path)
+    next(steps)
+    with pytest.raises(WrisError, match="round 2 learns from H_ref, but .*did CLIP [+] SAM find anything"):
+        next(steps)
 
 
 # --------------------------------------------------------------------------------------------------------- selection
@@ -313,7 +322,7 @@ def test_it_goes_on_when_it_is_asked_to(data, segmenter, straight, tmp_path):
 def test_a_selection_is_made_once_and_read_again(data, segmenter, straight, tmp_path, monkeypatch):
     path = tmp_path / "straight" / "round 2" / "referents.npy"
     generator, done = straight
-    assert np.load(path).tolist() == done[1].referents.tolist()
+    assert np.load(path).tolist() == done[1].referents[data.of(["H_sem", "H_ref"])].tolist()
     monkeypatch.setattr(curriculum, "select", None)
     again = tiny_generator()
     repeated = list(train(again, segmenter, data, ROUNDS, TRAINING, tmp_path / "straight"))
@@ -330,11 +339,14 @@ def test_what_is_selected_is_what_the_generator_then_predicts(data, segmenter, s
     """Selection happens with the weights behind the round before."""
     before = tiny_generator()
     list(train(before, segmenter, data, ROUNDS[:1], TRAINING, tmp_path / "first round"))
-    expected = select(before, segmenter, data, data.of(["H_ref"]))
-    assert straight[1][1].referents[data.of(["H_ref"])].tolist() == expected.tolist()
+    of_h = data.of(["H_sem", "H_ref"])
+    expected = select(before, segmenter, data, of_h)
+    assert straight[1][1].referents[of_h].tolist() == expected.tolist()
 
 
 def test_a_file_in_the_way_of_a_selection(data, segmenter, small, tmp_path):
-    (tmp_path / "round 1").write_text("no folder")
-    with pytest.raises(WrisError, match="cannot write to .*round 1: a file of that name stands in the way"):
-        next(train(tiny_generator(), segmenter, data, ROUNDS[1:], TRAINING, Path(tmp_path)))
+    steps = train(tiny_generator(), segmenter, data, ROUNDS, TRAINING, Path(tmp_path))
+    next(steps)
+    (tmp_path / "round 2").write_text("no folder")
+    with pytest.raises(WrisError, match="cannot write to .*round 2: a file of that name stands in the way"):
+        next(steps)

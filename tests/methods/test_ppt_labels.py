@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wris_lib.errors import WrisError
-from wris_lib.methods.ppt.labels import UNKNOWN, Collector, draw_points, join, shrink
+from wris_lib.methods.ppt.labels import MOST_DRAWN, UNKNOWN, Collector, draw_points, join, shrink
 
 
 def square(left: int, top: int, side: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
@@ -54,6 +54,33 @@ def test_a_batch_is_padded(collected):
     selected = collected.with_referents(np.array([0, 2, 0]))
     assert selected.draw(np.array([1]), 6, np.random.default_rng(0)).scores.tolist() == [[0, 0, 1]]
     assert torch.equal(labels.masks[0], torch.from_numpy(collected.candidates(1)).float())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(UNKNOWN, 8))
+def test_of_many_candidates_the_referent_and_some_others_are_drawn(seed, count, referent):
+    collector, squares = Collector(16), [square(4 * n, 0, 4, (64, 64)) for n in range(count)]
+    collector.add("one of many", 0, np.stack(squares), min(referent, count - 1))
+    labels = collector.finish().draw(np.array([0, 0]), 5, np.random.default_rng(seed))
+    assert labels.present.tolist() == [[True] * min(count, MOST_DRAWN)] * 2
+    cells = [{int(mask[0].argmax()) for mask in masks} for masks in labels.masks.numpy()]
+    assert all(len(found) == min(count, MOST_DRAWN) and max(found) < count for found in cells)
+    if referent == UNKNOWN:
+        assert labels.scores.sum() == 0
+    else:
+        assert labels.scores.sum(dim=1).tolist() == [1, 1]
+        chosen = labels.masks[labels.scores == 1][:, 0].argmax(dim=1)
+        assert chosen.tolist() == [min(referent, count - 1)] * 2
+    inside = labels.points[..., 0] * 16  # drawn in the box of the same candidate
+    columns = labels.masks[:, :, 0].argmax(dim=2)[..., None]
+    assert ((inside >= columns) & (inside <= columns + 1)).all()
+
+
+def test_which_others_are_drawn_changes():
+    collector = Collector(16)
+    collector.add("one of many", 0, np.stack([square(4 * n, 0, 4) for n in range(9)]), 2)
+    many = collector.finish().draw(np.zeros(60, dtype=int), 2, np.random.default_rng(0))
+    assert set(many.masks[:, :, 0].argmax(dim=2).flatten().tolist()) == set(range(9))
 
 
 @settings(max_examples=30, deadline=None)

@@ -22,7 +22,7 @@ from wris_lib.methods.ppt.loss import (
     pair_terms,
     points_inside,
 )
-from wris_lib.methods.ppt.model import PointPrompts, prompt_sam
+from wris_lib.methods.ppt.prompts import PointPrompts, prompt_sam
 
 WEIGHTS = LossWeights(dice=0.7, mask=1.3, points=4.0, labels=0.9, score=0.6)
 E, K, Y, M, SIDE = 3, 4, 2, 3, 5

@@ -19,15 +19,12 @@ from wris_lib.methods.ppt.model import (
     GeneratorConfig,
     Groups,
     PointGenerator,
-    PointPrompts,
     Whitening,
-    best_logits,
     cell_centres,
     encode_positions,
-    point_labels,
-    prompt_sam,
     sample_at,
 )
+from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, point_labels, prompt_sam
 
 VARIANTS = [{"anchored": anchored, "fuse_vision": fuse} for anchored in (True, False) for fuse in (True, False)]
 SIZES = {"queries": 4, "points": 3, "fusion_width": 8, "fusion_heads": 2, "width": 12, "heads": 3, "feedforward": 10}

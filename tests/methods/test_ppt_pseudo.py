@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from wris_lib.backbones.language import Parse, Parser
 from wris_lib.data.objects import ObjectImage
 from wris_lib.data.refer import Expression
 from wris_lib.errors import WrisError
-from wris_lib.methods import Method, Prediction
+from wris_lib.methods import Prediction
+from wris_lib.methods.clip_sam import ClipSam
 from wris_lib.methods.ppt.labels import UNKNOWN
 from wris_lib.methods.ppt.pseudo import (
     from_expressions,
@@ -22,8 +24,11 @@ from wris_lib.methods.ppt.pseudo import (
 COLORS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
 
 
-class ByColour(Method):
+class ByColour(ClipSam):
     """Finds the pixels of the first colour that a phrase names; its score is the share of the picture."""
+
+    def __init__(self):
+        pass
 
     @classmethod
     def load(cls, stack):
@@ -40,6 +45,13 @@ class ByColour(Method):
             empty = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
             answers.append(Prediction(mask, mask.astype(np.float32), *empty, float(mask.mean())))
         return answers
+
+    def find_all(self, image, expressions):
+        found = []
+        for answer in self.predict(image, expressions):
+            pieces, count = ndimage.label(answer.mask)
+            found.append([pieces == number for number in range(1, count + 1)])
+        return found
 
 
 class Words(Parser):
@@ -128,15 +140,45 @@ def test_a_candidate_is_the_largest_connected_piece():
     assert not largest_piece(np.zeros((3, 4), dtype=bool)).any() and largest_piece(np.ones((3, 4), dtype=bool)).all()
 
 
+def candidates_of(expression: str, found: dict[str, list[np.ndarray]], tmp_path) -> np.ndarray:
+    """The candidates when CLIP + SAM finds these masks for the phrases, on a grid of as many cells as pixels."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "grey.png")
+
+    class Finds(ByColour):
+        def find_all(self, image, expressions):
+            return [found[text] for text in expressions]
+
+    class Cut(Words):
+        def parse(self, expressions):
+            return [Parse(text, [], text.split(" | "), None) for text in expressions]
+
+    item = Expression(tmp_path / "grey.png", 0, 0, expression, 0, None)
+    return from_expressions(Finds(), Cut(), [item], side=40).labels.candidates(0)
+
+
+def rectangle(left: int, top: int, width: int, height: int) -> np.ndarray:
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[top : top + height, left : left + width] = True
+    return mask
+
+
 def test_of_an_answer_in_pieces_the_largest_is_the_candidate(tmp_path):
-    image = np.full((64, 64, 3), 128, dtype=np.uint8)
-    image[4:20, 4:20] = image[30:60, 30:60] = COLORS["red"]
-    Image.fromarray(image).save(tmp_path / "a.png")
-    h = from_expressions(ByColour(), Words(), [Expression(tmp_path / "a.png", 0, 0, "red thing", 0, None)], side=32)
-    (candidate,) = h.labels.candidates(0)
-    expected = np.zeros((32, 32), dtype=bool)
-    expected[15:30, 15:30] = True
-    np.testing.assert_array_equal(candidate, expected)
+    pieces = rectangle(1, 1, 8, 8) | rectangle(20, 20, 9, 9)
+    (candidate,) = candidates_of("dog", {"dog": [pieces]}, tmp_path)
+    np.testing.assert_array_equal(candidate, rectangle(20, 20, 9, 9))
+
+
+def test_what_was_found_twice_is_one_candidate(tmp_path):
+    first, almost, other = rectangle(0, 0, 10, 10), rectangle(0, 0, 10, 8), rectangle(0, 0, 10, 5)
+    found = {"dog": [first, almost], "animal": [other, first, rectangle(25, 25, 9, 9)]}
+    candidates = candidates_of("dog | animal", found, tmp_path)
+    np.testing.assert_array_equal(candidates, [first, other, rectangle(25, 25, 9, 9)])  # in the order of the phrases
+
+
+def test_crumbs_and_backgrounds_are_no_candidates(tmp_path):
+    found = [rectangle(0, 0, 2, 3), rectangle(0, 0, 2, 4), rectangle(0, 0, 40, 25), rectangle(0, 0, 40, 24)]
+    candidates = candidates_of("dog", {"dog": found}, tmp_path)  # 6, 8, 1000, 960 of 1600 pixels
+    np.testing.assert_array_equal(candidates, [found[1], found[3]])
 
 
 def test_places_are_no_things():
@@ -145,7 +187,9 @@ def test_places_are_no_things():
 
 
 def test_a_place_beside_a_thing_needs_no_selection(tmp_path):
-    Image.new("RGB", (40, 40), COLORS["red"]).save(tmp_path / "red.png")
+    image = np.full((40, 40, 3), 128, dtype=np.uint8)
+    image[10:30, 10:30] = COLORS["red"]
+    Image.fromarray(image).save(tmp_path / "red.png")
     items = [Expression(tmp_path / "red.png", 0, n, text, n, None) for n, text in enumerate(("red | the left", "left"))]
 
     class Cut(Words):
@@ -157,21 +201,24 @@ def test_a_place_beside_a_thing_needs_no_selection(tmp_path):
     assert made.notes == {"phrases found nowhere": 1}  # a place alone is asked for all the same
 
 
-def test_h_has_a_candidate_for_each_noun_phrase(tmp_path):
+def test_h_has_candidates_for_all_noun_phrases(tmp_path):
     image = np.full((60, 60, 3), 128, dtype=np.uint8)
     image[10:30, 10:30], image[35:55, 30:50] = COLORS["red"], COLORS["blue"]
+    image[2:8, 50:58] = COLORS["blue"]
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
         Image.fromarray(image).save(path)
-    texts = ["the red thing", "red left of blue", "red above green", "green", "nothing", "red and red"]
+    texts = ["the red thing", "red left of blue", "red above green", "green", "nothing", "red and red", "a blue thing"]
     items = [Expression(paths[n % 2], n % 2, n, text, n, None) for n, text in enumerate(texts)]
     made = from_expressions(ByColour(), Words(), items, side=15)
     found = {text: (e, made.labels.referent[e]) for e, text in enumerate(made.labels.expressions)}
-    assert set(found) == {"the red thing", "red left of blue", "red above green", "red and red"}
+    single = {"the red thing", "red and red", "a blue thing"}
+    assert set(found) == single | {"red left of blue", "red above green"}
     assert made.notes == {"phrases found nowhere": 3}
-    assert found["the red thing"][1] == found["red and red"][1] == 0  # H_sem: a single phrase
+    assert {text for text, (_, referent) in found.items() if referent == 0} == single  # H_sem
     assert found["red left of blue"][1] == found["red above green"][1] == UNKNOWN  # H_ref, also with one candidate left
-    red, blue = made.labels.candidates(found["red left of blue"][0])
-    assert red[3:7, 3:7].all() and blue[9:13, 8:12].all()
+    red, small, blue = made.labels.candidates(found["red left of blue"][0])
+    assert red[3:7, 3:7].all() and small[1, 13] and blue[9:13, 8:12].all()
+    assert len(made.labels.candidates(found["a blue thing"][0])) == 2
     assert len(made.labels.candidates(found["red above green"][0])) == 1
     assert [made.images.load(row).size for row in range(2)] == [(60, 60), (60, 60)]

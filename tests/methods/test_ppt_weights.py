@@ -155,6 +155,6 @@ def test_the_stacks_file_is_found_and_checked(path, monkeypatch):
 
 
 def test_a_stack_without_a_generator():
-    message = "no generator comes with the paper stack; train one with `python -m wris_lib train ppt --stack paper`"
+    message = "no generator comes with the paper stack; train one with `python -m wris_lib train ppt --stack paper"
     with pytest.raises(WrisError, match=message):
         find_weights(get_stack("paper"))

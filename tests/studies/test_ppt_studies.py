@@ -473,16 +473,34 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(studies.data, "load_training", lambda split: SimpleNamespace(items=splits[split]))
     monkeypatch.setattr(studies.datasets, "object_pictures", lambda *given: pictures)
     monkeypatch.setattr(studies.datasets, "candidates", lambda *given: labelled)
+    # The paper's way: "dog" has IoU 1 / 4 with what "dog of man" and 1 / 1 with what "red dog" means in b, "man" 2 / 4.
+    answers = {"dog": box(8, 0, 0, 4, 4), "man": box(8, 0, 0, 8, 2)}
+    things = {"red dog": ["dog"], "dog of man": ["dog", "man"]}
+    asked = []
+
+    def predict(image, phrases):
+        asked.append((image, phrases))
+        return [SimpleNamespace(mask=answers[phrase]) for phrase in phrases]
+
+    monkeypatch.setattr(studies, "PAPERS_WAY", 1)  # image: the first, b
+    monkeypatch.setattr(studies, "ClipSam", lambda clip, segmenter: SimpleNamespace(predict=predict))
+    monkeypatch.setattr(studies, "load_image", lambda path: path.name)
+    monkeypatch.setattr(studies, "load_parser", lambda stack: SimpleNamespace(parse=lambda texts: texts))
+    monkeypatch.setattr(studies.pseudo, "things", things.get)
     studies.pseudo_labels(tmp_path / "results")
     results = json.loads((tmp_path / "results" / "ppt_pseudolabels.json").read_text())
     check_form(results, "train ppt --pseudo-labels", [0])
     found = {each["name"]: (each["n"], *each["metrics"].values()) for each in results["rows"]}
     assert found == {
         "D_sem, D_ref: objects of the pictures": (2, pytest.approx(100 * (1 / 2 + 1 / 3) / 2, abs=0.01), 50.0),
-        "H_sem": (1, 50.0, 100.0),
+        "H_sem: CLIP's choice": (1, 50.0, 100.0),
+        "H_sem: best candidate": (1, 50.0, 100.0),
+        "H_ref: CLIP's choice": (2, pytest.approx(100 * (1 / 2 + 0) / 2, abs=0.01), 50.0),
         "H_ref: best candidate": (2, pytest.approx(100 * (2 / 3 + 1 / 2) / 2, abs=0.01), 100.0),
-        "H_ref: any candidate": (2, pytest.approx(100 * (7 / 12 + 1 / 4) / 2, abs=0.01), 50.0),
+        "H_sem: best of one candidate a phrase": (1, 100.0, 100.0),
+        "H_ref: best of one candidate a phrase": (1, 50.0, 100.0),
     }
+    assert asked == [("b.png", ["dog", "man"])]
 
 
 # --------------------------------------------------------------------------------------------------- what a cache saves

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
+from scipy import ndimage
 from torch.nn.functional import interpolate
 
 from wris_lib.backbones.clip import Clip, load_clip
@@ -74,6 +75,29 @@ class ClipSam(Method):
         embedded = self.sam.embed(image)
         return [self._segment(embedded, response_map) for response_map in maps.float().cpu().numpy()]
 
+    def find_all(self, image: Image.Image, expressions: list[str]) -> list[list[Bool[np.ndarray, "H W"]]]:
+        """For each expression every object that it may name, the likeliest first: each peak of the map asks SAM anew.
+
+        `predict` hands SAM all cells that reach the threshold in one prompt. When they lie on several objects, no mask
+        is a good answer to it.
+        """
+        if not expressions:
+            return []
+        maps = self.clip.maps(self.clip.encode_image(image), expressions, self.kind)
+        every = [peaks_of_map(each, *image.size, self.rule) for each in maps.float().cpu().numpy()]
+        embedded = self.sam.embed(image)
+        by_length: dict[int, list[tuple[int, int]]] = {}  # SAM takes prompts of one length at once
+        for expression, prompts in enumerate(every):
+            for number, (points, _) in enumerate(prompts):
+                by_length.setdefault(len(points), []).append((expression, number))
+        found: list[list] = [[None] * len(prompts) for prompts in every]
+        for places in by_length.values():
+            points, labels = (np.stack(arrays) for arrays in zip(*(every[e][n] for e, n in places), strict=True))
+            decoded = self.sam.decode(embedded, torch.from_numpy(points), torch.from_numpy(labels))
+            for (expression, number), mask in zip(places, self.sam.best_mask(embedded, decoded), strict=True):
+                found[expression][number] = mask
+        return found
+
     def _segment(self, embedded: SamImage, response_map: Float[np.ndarray, "h w"]) -> Prediction:
         height, width = embedded.original_size
         points, labels = points_from_map(response_map, width, height, self.rule)
@@ -128,5 +152,46 @@ def points_from_map(
     n = max(1, min(reached, rule.most, response_map.size // 2))
     # A map of a single cell has no other cell to be negative.
     cells = np.concatenate([best_first[:n], best_first[1:][::-1][: n * rule.negatives]])
+    labels = (np.arange(len(cells)) < n).astype(np.int64)
+    return _centres(cells, response_map.shape, width, height), labels
+
+
+def peaks_of_map(
+    response_map: Float[np.ndarray, "h w"], width: int, height: int, rule: PointRule = PointRule()
+) -> list[tuple[Float[np.ndarray, "n 2"], Int[np.ndarray, "n"]]]:
+    """A prompt for each peak of a coarse map, the highest first.
+
+    A peak is a cell that reaches the rule's threshold and is not lower than its (up to eight) neighbours. Those of
+    them that reach the threshold's share of the peak are positive points, too. Negative points, if the rule has any,
+    are the same of all peaks: the `most` lowest cells, at most half of all.
+
+    Args:
+        response_map: one value a cell of the image, in any range.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        rule: as in `points_from_map`.
+
+    Returns:
+        Points and labels of each prompt, as in `points_from_map`. A map without differences has no peak.
+    """
+    scaled = scale(response_map)
+    peaks = np.flatnonzero((scaled == ndimage.maximum_filter(scaled, 3)) & (scaled >= rule.threshold) & (scaled > 0))
+    lowest_first = np.argsort(response_map, axis=None, kind="stable")
+    prompts = []
+    for peak in peaks[np.argsort(-scaled.flat[peaks], kind="stable")]:
+        around = np.zeros(scaled.shape, dtype=bool)
+        around.flat[peak] = True
+        around = ndimage.binary_dilation(around, np.ones((3, 3)))
+        positive = np.flatnonzero(around & (scaled >= rule.threshold * scaled.flat[peak]))
+        others = lowest_first[~np.isin(lowest_first, positive)]
+        negative = others[: min(rule.most, response_map.size // 2) * rule.negatives]
+        labels = np.repeat([1, 0], [len(positive), len(negative)])
+        prompts.append((_centres(np.concatenate([positive, negative]), scaled.shape, width, height), labels))
+    return prompts
+
+
+def _centres(cells: Int[np.ndarray, "n"], shape: tuple[int, int], width: int, height: int) -> Float[np.ndarray, "n 2"]:
+    """(x, y) of cells, counted row by row, in pixels of the image."""
+    rows, columns = shape
     points = np.stack([cells % columns + 0.5, cells // columns + 0.5], axis=1) * [width / columns, height / rows]
-    return points.astype(np.float32), (np.arange(len(cells)) < n).astype(np.int64)
+    return points.astype(np.float32)

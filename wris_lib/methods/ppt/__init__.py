@@ -19,7 +19,8 @@ from wris_lib.backbones.checkpoints import get_stack
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, load_sam
 from wris_lib.methods import Method, Prediction, Stage
-from wris_lib.methods.ppt.model import PointGenerator, PointPrompts, best_logits, point_labels, prompt_sam
+from wris_lib.methods.ppt.model import PointGenerator
+from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, point_labels, prompt_sam
 from wris_lib.methods.ppt.weights import find_weights, load_generator
 
 SHOWN = 4  # prompts, those with the highest scores, of which SAM makes masks; the others hardly count

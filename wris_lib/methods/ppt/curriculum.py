@@ -6,9 +6,10 @@
 | 2 RIS learning | (a) + D_ref, (b) + H_ref | which of several objects is meant |
 | 3 domain refinement | H_sem ∪ H_ref | scenes and sentences as they are |
 
-H_ref's expressions have several candidates, one a noun phrase, and nobody has said which of them is the referent.
-`select` lets the generator trained so far decide, anew before every round, and what it decides is what it learns from
-next.
+An expression of H has several candidates, and nobody has said which of them is the referent. Before every round that
+learns from H_ref, `select` lets the generator trained so far decide, and what it decides is what it learns from next.
+Until then CLIP's choice counts, the first candidate: for H_sem in the rounds before, and where H_ref is there from the
+beginning, for H_ref too.
 
 Source: Dai and Yang, CVPR 2024, §3.3: 50 epochs, 10 / 30 / 10 for the three stages. Here a round is counted in steps.
 """
@@ -27,11 +28,13 @@ from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write, readable_errors
 from wris_lib.methods.ppt.labels import UNKNOWN
 from wris_lib.methods.ppt.loss import LossWeights
-from wris_lib.methods.ppt.model import PointGenerator, best_logits, prompt_sam
-from wris_lib.methods.ppt.training import DATASETS, H_REF, Batches, TrainingData, training_loss
+from wris_lib.methods.ppt.model import PointGenerator
+from wris_lib.methods.ppt.prompts import best_logits, prompt_sam
+from wris_lib.methods.ppt.training import DATASETS, Batches, TrainingData, training_loss
 from wris_lib.train import Recipe, fit, move
 
 SELECT_BATCH = 96
+CLIPS_CHOICE = 0  # the number of a candidate
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,12 @@ FULL = (
 )
 CURRICULA = {
     "full": FULL,
-    # The same number of rounds, in each of them everything; the first asks an untrained generator to select.
+    # The same rounds, with everything in each of them.
     "no curriculum": tuple(replace(each, stage=1, datasets=DATASETS) for each in FULL),
     "no D_ref": tuple(replace(each, datasets=tuple(d for d in each.datasets if d != "D_ref")) for each in FULL),
     "no D_sem": tuple(replace(each, datasets=tuple(d for d in each.datasets if d != "D_sem")) for each in FULL),
     "no images": tuple(replace(each, datasets=tuple(d for d in each.datasets if d[0] != "D")) for each in FULL),
-    "plain": tuple(replace(each, stage=1, datasets=("H_sem", "H_ref")) for each in FULL),
+    "plain": (Round(1, ("H_sem", "H_ref"), 1.0),),
 }
 
 
@@ -113,8 +116,8 @@ class Done:
     Attributes:
         round: which.
         log: one dict a step, see `train.fit`.
-        referents: that were selected for H_ref, for every expression of the data; UNKNOWN elsewhere, too, where none
-            of the candidates overlaps the prediction.
+        referents: of every expression of the data, those of H as selected; UNKNOWN where there is none, as of H_ref
+            before the first selection, or when none of the candidates overlaps the prediction.
     """
 
     round: Round
@@ -151,11 +154,12 @@ def train(
     loss = training_loss(segmenter, training.weights, training.blend)
     for number, this in enumerate(rounds):
         place = Path(folder) / f"round {number + 1}"
-        active, chosen = data, np.full(len(data.labels), UNKNOWN)
+        active = data
         if "H_ref" in this.datasets:
-            chosen = _selected(place / "referents.npy", generator, segmenter, data, device)
-            of_h_ref = data.dataset == H_REF
-            active = data.with_referents(np.where(of_h_ref, chosen, data.labels.referent))
+            referent, of_h = data.labels.referent.copy(), data.of(("H_sem", "H_ref"))
+            path = place / "referents.npy"
+            referent[of_h] = _selected(path, generator, segmenter, data, of_h, device) if number else CLIPS_CHOICE
+            active = data.with_referents(referent)
         expressions = active.of(this.datasets)
         expressions = expressions[active.labels.referent[expressions] != UNKNOWN]
         if len(expressions) == 0:
@@ -165,17 +169,20 @@ def train(
             )
         batches = Batches(active, expressions, generator.config.points, 100 * training.seed + number)
         log = fit(generator, loss, batches, training.recipe(this, number), place, device)
-        yield Done(this, log, chosen)
+        yield Done(this, log, active.labels.referent)
 
 
 def _selected(
-    path: Path, generator: PointGenerator, segmenter: Segmenter, data: TrainingData, device: str | torch.device
-) -> Int[np.ndarray, " E"]:
+    path: Path,
+    generator: PointGenerator,
+    segmenter: Segmenter,
+    data: TrainingData,
+    expressions: Int[np.ndarray, " n"],
+    device: str | torch.device,
+) -> Int[np.ndarray, " n"]:
     """What `select` says, or said before a kill."""
     if not path.exists():
-        chosen = np.full(len(data.labels), UNKNOWN)
-        expressions = data.of(["H_ref"])
-        chosen[expressions] = select(generator.to(device), segmenter, data, expressions)
+        chosen = select(generator.to(device), segmenter, data, expressions)
         with readable_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

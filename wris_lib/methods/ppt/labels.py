@@ -7,10 +7,10 @@ picture that mask is mostly right; in a scene it is often not. From such answers
 |---|---|---|---|---|
 | D_sem | object-centric | "the [class] in the middle" | its object | known |
 | D_ref | composed of those (`compose`) | made with the scene | all its objects | known |
-| H_sem | scene | as people wrote it, with one noun phrase | that phrase's mask | known |
-| H_ref | scene | as people wrote it, with several | one mask a phrase | to be selected |
+| H_sem | scene | as people wrote it, with one noun phrase | objects that it may name | CLIP's choice, the first |
+| H_ref | scene | as people wrote it, with several | objects that they may name | to be selected |
 
-`Select` (`curriculum`) chooses H_ref's referents with the generator trained so far.
+`Select` (`curriculum`) chooses H's referents with the generator trained so far.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from wris_lib.errors import WrisError
 from wris_lib.methods.ppt.loss import PseudoLabels
 
 UNKNOWN = -1  # in place of a referent that is still to be selected
+MOST_DRAWN = 4  # of an expression's candidates: each costs K matchings of points
 
 
 @dataclass(frozen=True)
@@ -79,30 +80,37 @@ class LabelledExpressions:
     def draw(self, expressions: Int[np.ndarray, " n"], points: int, rng: np.random.Generator) -> PseudoLabels:
         """Pseudo-labels of a batch, with points drawn anew: uniform in the mask's box, positive on the mask.
 
-        A referent that is unknown leaves all scores at 0.
+        Of many candidates the referent and some others are drawn. A referent that is unknown leaves all scores at 0.
 
         Args:
             expressions: which ones.
             points: M, a candidate.
             rng: draws the points.
         """
-        batch = [self.candidates(int(e)) for e in expressions]
-        most = max(len(candidates) for candidates in batch)
-        masks = np.zeros((len(batch), most, self.side, self.side), dtype=np.float32)
-        places = np.zeros((len(batch), most, points, 2), dtype=np.float32)
+        kept = [self._drawn(int(e), rng) for e in expressions]
+        most = max(map(len, kept))
+        masks = np.zeros((len(kept), most, self.side, self.side), dtype=np.float32)
+        places = np.zeros((len(kept), most, points, 2), dtype=np.float32)
         labels, scores = np.zeros(places.shape[:3], dtype=np.float32), np.zeros(masks.shape[:2], dtype=np.float32)
         present = np.zeros(scores.shape, dtype=bool)
-        for row, (e, candidates) in enumerate(zip(expressions, batch, strict=True)):
-            present[row, : len(candidates)] = True
-            masks[row, : len(candidates)] = candidates
-            if self.referent[e] != UNKNOWN:
-                scores[row, self.referent[e]] = 1
-            for number, mask in enumerate(candidates):
-                places[row, number], labels[row, number] = draw_points(mask, points, rng)
+        for row, (e, numbers) in enumerate(zip(expressions, kept, strict=True)):
+            present[row, : len(numbers)] = True
+            masks[row, : len(numbers)] = self.candidates(int(e))[numbers]
+            scores[row, : len(numbers)] = numbers == self.referent[e]  # never, where it is UNKNOWN
+            for column in range(len(numbers)):
+                places[row, column], labels[row, column] = draw_points(masks[row, column] > 0, points, rng)
         extents = self.extents[expressions]
         places = np.minimum(places / extents[:, None, None], 1)
         tensors = (torch.from_numpy(array) for array in (places, labels, scores, present, masks, extents))
         return PseudoLabels(*tensors)
+
+    def _drawn(self, expression: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        """Which of an expression's candidates are drawn: the referent in any case, if it is known."""
+        count, referent = int(self.first[expression + 1] - self.first[expression]), int(self.referent[expression])
+        if count <= MOST_DRAWN:
+            return np.arange(count)
+        others = rng.permutation([number for number in range(count) if number != referent])
+        return np.sort([*others[: MOST_DRAWN - (referent != UNKNOWN)], *[referent] * (referent != UNKNOWN)])
 
 
 def draw_points(

@@ -32,7 +32,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from wris_lib.errors import WrisError
-from wris_lib.methods.ppt.model import PointPrompts, point_labels
+from wris_lib.methods.ppt.prompts import PointPrompts, point_labels
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,20 @@ from tqdm.auto import tqdm
 
 from wris_lib.backbones.feature_store import Rows
 from wris_lib.backbones.features import image_files
-from wris_lib.backbones.language import Parser
+from wris_lib.backbones.language import Parse, Parser
 from wris_lib.data.images import check_expression, load_image
 from wris_lib.data.objects import ObjectImage
 from wris_lib.data.refer import Expression
 from wris_lib.errors import WrisError
+from wris_lib.evaluate import iou
 from wris_lib.methods import Method
+from wris_lib.methods.clip_sam import ClipSam
 from wris_lib.methods.ppt.compose import ComposedScene, ObjectPicture, compose, fuse, place, sentences
 from wris_lib.methods.ppt.labels import UNKNOWN, Collector, LabelledExpressions
 
 LEAST_AREA, LARGEST_AREA = 0.01, 0.9  # of the picture: a mask beyond these is no object
+LEAST_SEEN, LARGEST_SEEN = 0.004, 0.6  # the same for an object among others, in a scene
+SAME = 0.6  # IoU from which two candidates are one
 MOST_OBJECTS = 6  # in a composed scene
 TWINS = 0.5  # share of scenes in which several objects are of the first one's class
 ARTICLES = {"the", "a", "an"}
@@ -149,14 +153,17 @@ def referring(pictures: Sequence[ObjectPicture], scenes: int, size: int, side: i
     return LabelledImages(rows, collector.finish())
 
 
-def from_expressions(method: Method, parser: Parser, items: Iterable[Expression], side: int) -> LabelledImages:
-    """H: scenes with sentences as people wrote them, and for every noun phrase a candidate.
+def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression], side: int) -> LabelledImages:
+    """H: scenes with sentences as people wrote them, and candidates for what their noun phrases name.
 
-    With a single noun phrase its candidate is the referent (H_sem); with several it is UNKNOWN (H_ref). "The left" is
-    a noun phrase, too, but there is nothing of that name to be found; such phrases do not count.
+    The paper has one candidate a noun phrase, CLIP + SAM's answer. In a scene with three men "man" has three right
+    answers, and CLIP + SAM's is one of them, or several at once. Here every peak of CLIP's map gives a candidate (see
+    `ClipSam.find_all`): the referent is among them twice as often (`ppt_pseudolabels.json`), and it is for `Select` to
+    find it.
 
-    Where CLIP + SAM is in doubt it answers with several objects at once. A candidate is to be one object: the largest
-    connected piece. Of 483 expressions of ToyRef train 69 % then give an object (IoU 0.5), and without this 49 %.
+    The first candidate is CLIP's choice. With a single noun phrase it counts as the referent until something better is
+    known (H_sem); with several the referent is UNKNOWN (H_ref). "The left" is a noun phrase, too, but there is nothing
+    of that name to be found; such phrases do not count.
 
     Args:
         method: CLIP + SAM.
@@ -170,20 +177,27 @@ def from_expressions(method: Method, parser: Parser, items: Iterable[Expression]
     items = list(items)
     by_image: dict = {}
     for item, parse in zip(items, parser.parse([item.expression for item in items]), strict=True):
-        phrases = list(dict.fromkeys(parse.noun_phrases))
-        phrases = [phrase for phrase in phrases if not names_a_place(phrase)] or phrases
-        by_image.setdefault(item.image_path, []).append((item.expression, phrases))
+        by_image.setdefault(item.image_path, []).append((item.expression, things(parse)))
     collector, nothing = Collector(side), 0
     for row, (path, expressions) in enumerate(tqdm(by_image.items(), "candidates of expressions", unit=" images")):
         phrases = list(dict.fromkeys(phrase for _, found in expressions for phrase in found))
-        answers = method.predict(load_image(path), phrases)
-        pieces = {phrase: largest_piece(answer.mask) for phrase, answer in zip(phrases, answers, strict=True)}
-        for expression, found in expressions:
-            masks = [pieces[phrase] for phrase in found if pieces[phrase].any()]
-            nothing += len(found) - len(masks)
+        found = method.find_all(load_image(path), phrases)
+        objects = {phrase: _distinct(masks) for phrase, masks in zip(phrases, found, strict=True)}
+        for expression, named in expressions:
+            nothing += sum(not objects[phrase] for phrase in named)
+            masks = _distinct([mask for phrase in named for mask in objects[phrase]])
             if masks:
-                collector.add(expression, row, np.stack(masks), 0 if len(found) == 1 else UNKNOWN)
+                collector.add(expression, row, np.stack(masks), 0 if len(named) == 1 else UNKNOWN)
     return LabelledImages(image_files(list(by_image)), collector.finish(), {"phrases found nowhere": nothing})
+
+
+def _distinct(masks: Iterable[Bool[np.ndarray, "h w"]]) -> list[Bool[np.ndarray, "h w"]]:
+    """The masks' largest pieces, without those that are no object, or the same object as an earlier one."""
+    kept: list[np.ndarray] = []
+    for mask in map(largest_piece, masks):
+        if LEAST_SEEN <= mask.mean() <= LARGEST_SEEN and all(iou(mask, other) < SAME for other in kept):
+            kept.append(mask)
+    return kept
 
 
 def largest_piece(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
@@ -192,6 +206,12 @@ def largest_piece(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     areas = np.bincount(numbers.ravel())
     areas[0] = 0  # what is not in the mask
     return mask & (numbers == areas.argmax())
+
+
+def things(parse: Parse) -> list[str]:
+    """An expression's noun phrases, without those that name a place, unless there is nothing else."""
+    phrases = list(dict.fromkeys(parse.noun_phrases))
+    return [phrase for phrase in phrases if not names_a_place(phrase)] or phrases
 
 
 def names_a_place(phrase: str) -> bool:

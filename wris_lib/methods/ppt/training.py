@@ -19,14 +19,8 @@ from wris_lib.backbones.features import clip_patches, clip_words, sam_embeddings
 from wris_lib.backbones.sam import Segmenter
 from wris_lib.methods.ppt.labels import UNKNOWN, LabelledExpressions, join
 from wris_lib.methods.ppt.loss import LossWeights, PseudoLabels, match, matched_loss, pair_terms
-from wris_lib.methods.ppt.model import (
-    GeneratorConfig,
-    PointGenerator,
-    PointPrompts,
-    best_logits,
-    prompt_sam,
-    visual_tokens,
-)
+from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator, visual_tokens
+from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, prompt_sam
 from wris_lib.methods.ppt.pseudo import LabelledImages
 
 DATASETS = ("H_sem", "H_ref", "D_sem", "D_ref")
@@ -35,7 +29,7 @@ H_SEM, H_REF, D_SEM, D_REF = range(4)
 IMAGES_PER_SHARE = 5
 EXPRESSIONS_PER_IMAGE = 8
 WHITENED = 200  # images, and ten times as many expressions, that show how features vary
-MASKS_PER_SHARE = 2  # pairs whose masks SAM decodes: it takes longer over one than the generator over an expression
+MASKS_PER_SHARE = 1  # pairs whose masks SAM decodes: it takes longer over one than the generator over an expression
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ def find_weights(stack: Stack) -> Path:
     """
     if stack.ppt is None:
         raise WrisError(
-            f"no generator comes with the {stack.name} stack; train one with `{TRAIN} --stack {stack.name}`, and hand"
-            " over its file as weights=…."
+            f"no generator comes with the {stack.name} stack; train one with `{TRAIN} --stack {stack.name} --data"
+            " refcoco:train --objects FOLDER`, and hand over its file as weights=…."
         )
     path = checkpoint_path(stack.ppt)
     verify(path, expected_sha256(stack.ppt))
