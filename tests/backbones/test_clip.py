@@ -284,7 +284,7 @@ def test_papers_model_runs_through_the_same_lines(monkeypatch):
     create = open_clip.create_model
     config = open_clip.get_model_config("ViT-B-16-quickgelu")
     fewer = {key: {**config[key], "layers": 3} for key in ("vision_cfg", "text_cfg")}
-    monkeypatch.setattr(open_clip, "create_model", lambda name: create(name, **fewer))
+    monkeypatch.setattr(open_clip, "create_model", lambda name, **more: create(name, **fewer, **more))
     model, tokenizer = create_clip("ViT-B-16-quickgelu")
     clip = Clip(model, tokenizer, 64, get_stack("paper").clip.prompts, device="cpu")
     features = clip.encode_image(picture())

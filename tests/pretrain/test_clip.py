@@ -12,7 +12,7 @@ from wris_lib.backbones.clip import create_clip
 from wris_lib.backbones.loading import load_state
 from wris_lib.data.toyworld.pretraining import Pool
 from wris_lib.pretrain import clip as pretrain
-from wris_lib.pretrain.clip import SHIFT, Batches, contrastive_loss, main, recall, write_bpe
+from wris_lib.pretrain.clip import Batches, Round, contrastive_loss, grow, main, recall, write_bpe
 
 COLORS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 
@@ -104,11 +104,19 @@ def test_right_captions_are_those_an_image_has(tokenizer):
 def test_images_are_shifted_and_never_mirrored():
     image = np.zeros((32, 32, 3), np.uint8)
     image[:, :16] = 255
-    moved = np.stack([pretrain._shifted(image, 2 * SHIFT, right) for right in range(2 * SHIFT + 1)])
+    moved = np.stack([pretrain._shifted(image, 5, right) for right in range(-6, 7)])
     assert moved.shape[1:] == image.shape
-    assert [int(m[0, :, 0].sum()) // 255 for m in moved] == [16 + SHIFT - right for right in range(2 * SHIFT + 1)]
+    assert [int(m[0, :, 0].sum()) // 255 for m in moved] == [16 - right for right in range(-6, 7)]
     assert (moved[:, :, 0] == 255).all() and (moved[:, :, -1] == 0).all()
-    assert np.array_equal(pretrain._shifted(image, SHIFT, SHIFT), image)
+    assert np.array_equal(pretrain._shifted(image, 0, 0), image)
+    gradient = np.repeat(np.arange(32, dtype=np.uint8)[:, None, None], 32, axis=1).repeat(3, axis=2)
+    assert pretrain._shifted(gradient, 2, 0)[:, 0, 0].tolist() == [*range(2, 32), 31, 31]
+
+
+def test_an_image_brings_as_many_captions_as_asked_for(tokenizer):
+    for each in (1, 2):
+        batch = Batches(pool(), tokenizer, held_out=4, each=each)(0)
+        assert len(batch["tokens"]) == each * len(batch["images"]) and batch["right"].any(dim=1).all()
 
 
 # ------------------------------------------------------------------------------------------------ loss and recall
@@ -148,34 +156,50 @@ def test_a_small_world_is_learnt(tokenizer, tmp_path):
 
 
 @pytest.fixture
-def small_run(monkeypatch):
-    monkeypatch.setattr(pretrain, "pool", lambda name: pool(40, 128))
+def small_run(monkeypatch, tmp_path):
+    """Two short rounds on a few images, those of the second larger."""
+    monkeypatch.setattr(pretrain, "ROUNDS", (Round("small", 2, 1e-3, 2), Round("large", 2, 1e-3, 3)))
+    monkeypatch.setattr(pretrain, "POOLS", {"small": (40, 128), "large": (40, 192)})
+    monkeypatch.setattr(pretrain, "pool", lambda name: pool(*pretrain.POOLS[name]))
     monkeypatch.setattr(pretrain, "HELD_OUT", 4)
     monkeypatch.setattr(pretrain, "BATCH", 8)
-
-
-def test_trial_run_leaves_weights_tokenizer_and_card_in_its_folder_only(small_run, monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain, "WEIGHTS", tmp_path / "package")
-    main(steps=2, folder=tmp_path / "trial", device="cpu")
+
+
+def test_trial_run_leaves_weights_tokenizer_and_card_in_its_folder_only(small_run, tmp_path):
+    main(steps=1, folder=tmp_path / "trial", device="cpu")
     assert not (tmp_path / "package").exists()
-    found = {path.name for path in (tmp_path / "trial").iterdir()}
-    assert found == {"checkpoint.pt", "clip.safetensors", "clip_bpe.txt.gz", "clip.md", "SHA256SUMS"}
+    found = {str(path.relative_to(tmp_path / "trial")) for path in (tmp_path / "trial").rglob("*") if path.is_file()}
+    checkpoints = {"round 1/checkpoint.pt", "round 2/checkpoint.pt"}
+    assert found == {*checkpoints, "clip.safetensors", "clip_bpe.txt.gz", "clip.md", "SHA256SUMS"}
     tensors = load_file(tmp_path / "trial" / "clip.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    model, _ = create_clip("wris-toy")
+    model, _ = create_clip("wris-toy", image_size=192)
     model.load_state_dict(load_state(tmp_path / "trial" / "clip.safetensors"))
     assert next(model.parameters()).dtype == torch.float32
     assert (tmp_path / "trial" / "clip.safetensors").stat().st_size < 8e6
     card = (tmp_path / "trial" / "clip.md").read_text()
-    assert "2 steps of 8 images" in card and "| object-centric |" in card and "on CPU" in card
+    assert "| 2 | `large`: 32 images, 192 px | 1 | 3 | 0.001 |" in card
+    assert "| object-centric |" in card and "on CPU" in card
 
 
-def test_run_of_the_usual_length_goes_into_the_package_and_resumes(small_run, monkeypatch, tmp_path):
-    monkeypatch.setattr(pretrain, "WEIGHTS", tmp_path / "package")
-    monkeypatch.setattr(pretrain, "STEPS", 2)
-    main(steps=2, folder=tmp_path / "run", device="cpu")
+def test_a_run_in_full_goes_into_the_package_and_resumes(small_run, tmp_path):
+    main(folder=tmp_path / "run", device="cpu")
     weights = (tmp_path / "package" / "clip.safetensors").read_bytes()
     assert (tmp_path / "package" / "clip_bpe.txt.gz").is_file()
     (tmp_path / "package" / "clip.safetensors").unlink()
-    main(steps=2, folder=tmp_path / "run", device="cpu")  # nothing is left to train
+    main(folder=tmp_path / "run", device="cpu")  # nothing is left to train
     assert (tmp_path / "package" / "clip.safetensors").read_bytes() == weights
+
+
+def test_the_second_round_goes_on_where_the_first_ended(tokenizer):
+    small, _ = create_clip("wris-toy", seed=0, image_size=128)
+    large, _ = create_clip("wris-toy", seed=1, image_size=192)
+    grow(small, large)
+    old, new = small.state_dict(), large.state_dict()
+    assert [name for name in old if not torch.equal(old[name], new[name])] == ["visual.positional_embedding"]
+    old, new = (state["visual.positional_embedding"] for state in (old, new))
+    assert new.shape == (145, 192) and torch.equal(new[0], old[0])  # 12 × 12 patches and the class token
+    corners = [1, 8, 57, 64], [1, 12, 133, 144]
+    similar = torch.cosine_similarity(old[corners[0]], new[corners[1]])
+    assert similar.min() > 0.7

@@ -48,7 +48,7 @@ class ImageFeatures:
 
 
 def create_clip(
-    model_name: str, seed: int | None = None, bpe: Path = BPE
+    model_name: str, seed: int | None = None, bpe: Path = BPE, image_size: int | None = None
 ) -> tuple[open_clip.CLIP, open_clip.SimpleTokenizer]:
     """An open_clip model without weights, and its tokenizer.
 
@@ -56,6 +56,7 @@ def create_clip(
         model_name: open_clip's name, or that of a file in `CONFIGS`.
         seed: makes the random initial weights reproducible.
         bpe: merges of the tokenizer, for a model of `CONFIGS`; open_clip has its own for the others.
+        image_size: side of its images in pixels; None: the model's own.
 
     Raises:
         WrisError: the tokenizer's file is missing.
@@ -69,7 +70,7 @@ def create_clip(
     with _without_root_warnings(), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        model = open_clip.create_model(model_name)
+        model = open_clip.create_model(model_name, force_image_size=image_size)
     return model, open_clip.get_tokenizer(model_name, **options)
 
 
@@ -262,7 +263,7 @@ class Clip:
         grid = self._grid(images)
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
         first = visual.class_embedding.expand(len(images), 1, -1)
-        positions = _resize_positions(visual.positional_embedding, visual.grid_size, grid)
+        positions = resize_positions(visual.positional_embedding, visual.grid_size, grid)
         return visual.ln_pre(torch.cat([first, patches], dim=1) + positions)
 
     def _tokens(
@@ -326,7 +327,7 @@ def _value_attention(block: nn.Module, x: Float[Tensor, "B N C"]) -> Float[Tenso
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
-def _resize_positions(
+def resize_positions(
     positions: Float[Tensor, "N C"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[Tensor, "M C"]:
     """Interpolate position embeddings to another grid; the class token's, which comes first, stays."""

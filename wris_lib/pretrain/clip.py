@@ -1,15 +1,19 @@
-"""How the toy CLIP is made: from scratch, on pictures and captions of the toy world, in under an hour.
+"""How the toy CLIP is made: from scratch, on pictures and captions of the toy world.
 
 CLIP learns from pairs alone. In a batch, every image shall pick its captions among all captions, and every caption its
 images among all images (Radford et al. 2021, arXiv 2103.00020). A small world needs one change: "a red car" is true of
 many images, so each caption of an image counts as right for this image wherever in the batch it comes from.
 
 Images are never mirrored, for captions say left and right.
+
+There are two rounds. The first sees small pictures, and many of them. In scenes many an object is then no larger than a
+patch or two; the second round sees larger pictures, with more captions each.
 """
 
 import gzip
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -25,17 +29,40 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_toy_weights
-from wris_lib.backbones.clip import BPE, create_clip, encode_tokens, normalise
+from wris_lib.backbones.clip import BPE, create_clip, encode_tokens, normalise, resize_positions
 from wris_lib.data.toyworld import wording
-from wris_lib.data.toyworld.pretraining import Pool, pool
+from wris_lib.data.toyworld.pretraining import POOLS, Pool, pool
 from wris_lib.files import atomic_write, cache_dir
 from wris_lib.train import Recipe, fit
 
-BATCH = 128  # images; each brings two captions
-CAPTIONS = 2
-HELD_OUT = 256  # images of either half of the pool that are never trained on
-SHIFT = 6  # pixels: images are moved at random by up to this much
-STEPS = 2400  # see the model card for how long they take
+BATCH = 128  # images
+HELD_OUT = 256  # images of either half of a pool that are never trained on
+SHIFT = 3 / 64  # of an image's side: images are moved at random by up to this much
+
+
+@dataclass(frozen=True)
+class Round:
+    """A part of training.
+
+    Args:
+        pool: of the toy world; its images' size is that of CLIP's input.
+        steps: of the optimiser.
+        learning_rate: its peak.
+        captions: that an image brings into a batch.
+    """
+
+    pool: str
+    steps: int
+    learning_rate: float
+    captions: int
+
+    def recipe(self) -> Recipe:
+        """AdamW with a cosine, in bfloat16."""
+        warmup = min(300, self.steps // 10)
+        return Recipe(self.steps, self.learning_rate, weight_decay=0.05, warmup=warmup, precision="bf16")
+
+
+ROUNDS = (Round("clip", 2400, 1e-3, 2), Round("clip-fine", 2400, 7e-4, 4))
 
 
 class Batches:
@@ -45,11 +72,14 @@ class Batches:
         data: a CLIP pool whose first half is object-centric and whose second half is scenes.
         tokenizer: open_clip's.
         held_out: images at the end of either half to leave out.
+        each: captions that an image brings.
         seed: of the choice of images, captions and shifts.
     """
 
-    def __init__(self, data: Pool, tokenizer: open_clip.SimpleTokenizer, held_out: int, seed: int = 0) -> None:
-        self.images = data.images
+    def __init__(
+        self, data: Pool, tokenizer: open_clip.SimpleTokenizer, held_out: int, each: int = 2, seed: int = 0
+    ) -> None:
+        self.images, self.each = data.images, each
         texts = sorted({text for captions in data.captions for text in captions})
         number = {text: i for i, text in enumerate(texts)}
         self.tokens = tokenizer(texts)
@@ -63,12 +93,13 @@ class Batches:
         self.seed = seed
 
     def __call__(self, step: int) -> dict[str, Tensor]:
-        """Images, the tokens of `CAPTIONS` captions each, and which caption is right for which image."""
+        """Images, the tokens of some captions of each, and which caption is right for which image."""
         rng = np.random.default_rng((self.seed, step))
         chosen = np.sort(rng.choice(self.trained, min(BATCH, len(self.trained)), replace=False))
-        shifts = rng.integers(0, 2 * SHIFT + 1, (len(chosen), 2)).tolist()
+        most = round(SHIFT * self.images.shape[1])
+        shifts = rng.integers(-most, most + 1, (len(chosen), 2)).tolist()
         images = np.stack([_shifted(self.images[i], *by) for i, by in zip(chosen, shifts, strict=True)])
-        return {"images": torch.from_numpy(images), **self._texts(chosen, rng, CAPTIONS)}
+        return {"images": torch.from_numpy(images), **self._texts(chosen, rng, self.each)}
 
     def held_out(self, which: Int[np.ndarray, "n"]) -> dict[str, Tensor]:
         """Held-out images with one caption each, always the same."""
@@ -84,10 +115,10 @@ class Batches:
 
 
 def _shifted(image: UInt8[np.ndarray, "H W 3"], down: int, right: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Move an image by up to `SHIFT` pixels, repeating its border; `SHIFT` stands for "not at all"."""
+    """What is seen when the window moves by so many pixels; beyond the border its pixels are repeated."""
     height, width, _ = image.shape
-    padded = np.pad(image, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
-    return padded[down : down + height, right : right + width]
+    rows, columns = np.arange(height) + down, np.arange(width) + right
+    return image[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)]
 
 
 def contrastive_loss(model: open_clip.CLIP, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -123,27 +154,33 @@ def recall(model: open_clip.CLIP, batch: dict[str, Tensor]) -> float:
     return 100 * batch["right"].gather(1, best[:, None]).float().mean().item()
 
 
-def main(steps: int = STEPS, folder: Path | None = None, device: str | torch.device | None = None) -> None:
-    """Train the toy CLIP and write its weights, tokenizer and model card.
-
-    A run of the usual length writes into the package; any other is a trial and leaves everything in `folder`.
+def main(steps: int | None = None, folder: Path | None = None, device: str | torch.device | None = None) -> None:
+    """Train the toy CLIP and write its weights, tokenizer and model card; run again, it continues.
 
     Args:
-        steps: optimiser steps.
-        folder: for the checkpoint; None: in the cache.
+        steps: of every round, for a trial, which leaves everything in `folder`. None: `ROUNDS`, and the weights are
+            written into the package.
+        folder: for the checkpoints; None: in the cache.
         device: None: CUDA when there is one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(folder or cache_dir() / "pretrain" / "clip")
-    target = WEIGHTS if steps == STEPS else folder
-    data = pool("clip")
+    rounds = [replace(r, steps=steps or r.steps) for r in ROUNDS]
+    target = folder if steps else WEIGHTS
     toy = STACKS["toy"].clip
     bpe = folder / BPE.name
     if not bpe.is_file():  # a resumed run keeps its tokens, whatever words the grammar has learnt since
         write_bpe(wording.vocabulary(), bpe)
-    model, tokenizer = create_clip(toy.model_name, seed=0, bpe=bpe)
-    batches = Batches(data, tokenizer, HELD_OUT)
-    log = fit(model, contrastive_loss, batches, recipe(steps), folder, device)
+    model, seconds = None, 0.0
+    for number, this in enumerate(rounds):
+        data = pool(this.pool)
+        earlier = model
+        model, tokenizer = create_clip(toy.model_name, seed=0, bpe=bpe, image_size=data.images.shape[1])
+        if earlier is not None:
+            grow(earlier, model)
+        batches = Batches(data, tokenizer, HELD_OUT, this.captions, seed=number)
+        log = fit(model, contrastive_loss, batches, this.recipe(), folder / f"round {number + 1}", device)
+        seconds += sum(row["seconds"] for row in log)
     figures = {
         "object-centric": recall(model, batches.held_out(batches.objects)),
         "scenes": recall(model, batches.held_out(batches.scenes)),
@@ -152,15 +189,19 @@ def main(steps: int = STEPS, folder: Path | None = None, device: str | torch.dev
     merges = bpe.read_bytes()
     with atomic_write(target / BPE.name) as file:
         file.write(merges)
-    card = model_card(model, log, len(batches.trained), figures, device)
+    card = model_card(model, rounds, log, seconds / 60, figures, device)
     with atomic_write(target / "clip.md", "w") as file:
         file.write(card)
     print(card)
 
 
-def recipe(steps: int) -> Recipe:
-    """AdamW with a cosine, in bfloat16."""
-    return Recipe(steps, learning_rate=1e-3, weight_decay=0.05, warmup=min(300, steps // 10), precision="bf16")
+@torch.no_grad()
+def grow(small: open_clip.CLIP, large: open_clip.CLIP) -> None:
+    """Copy a model's weights into one for larger images: position embeddings are interpolated."""
+    state = small.state_dict()
+    name = "visual.positional_embedding"
+    state[name] = resize_positions(state[name], small.visual.grid_size, large.visual.grid_size)
+    large.load_state_dict(state)
 
 
 def export(model: open_clip.CLIP, path: Path) -> None:
@@ -203,21 +244,22 @@ def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 def model_card(
     model: open_clip.CLIP,
+    rounds: list[Round],
     log: list[dict[str, int | float]],
-    images: int,
+    minutes: float,
     figures: dict[str, float],
     device: torch.device,
 ) -> str:
-    """The model card, in Markdown, from what the run logged.
+    """The model card, in Markdown.
 
     Args:
         model: trained.
-        log: what `fit` returned.
-        images: how many were trained on.
+        rounds: of the training.
+        log: of the last round.
+        minutes: that they took.
         figures: R@1 in percent, by the half of the pool.
         device: trained on.
     """
-    made = recipe(len(log))
     vision = model.visual
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     threads = torch.get_num_threads()
@@ -226,23 +268,31 @@ def model_card(
         where = torch.cuda.get_device_name(device)
     last = log[-100:]
     table = "\n".join(f"| {name} | {value:.1f} |" for name, value in figures.items())
+    recipes = "\n".join(
+        f"| {number} | `{r.pool}`: {POOLS[r.pool][0] - 2 * HELD_OUT} images, {POOLS[r.pool][1]} px | {r.steps} |"
+        f" {r.captions} | {r.learning_rate:g} |"
+        for number, r in enumerate(rounds, start=1)
+    )
     return f"""# Toy CLIP
 
 open_clip's `CLIP` with a small configuration (`wris_lib/backbones/configs/wris-toy.json`): {parameters:.1f} million
 parameters; images of {vision.image_size[0]}×{vision.image_size[1]} pixels in patches of {vision.patch_size[0]}, \
 texts of up to {model.context_length} tokens. It knows the toy world and nothing else.
 
-**Data.** The pool `clip` of the toy world: {images} images, half object-centric and half scenes, with several true
-captions each; no boxes, no masks. {2 * HELD_OUT} more are held out for the figures below. The tokenizer is
-open_clip's, with merges that make every word of the toy world one token; other text is spelt in smaller pieces.
+**Data.** Pools of the toy world, half object-centric images and half scenes, with several true captions each; no boxes,
+no masks. {2 * HELD_OUT} more of each are held out. The tokenizer is open_clip's, with merges that make every word of
+the toy world one token; other text is spelt in smaller pieces.
 
-**Recipe.** `python -m wris_lib pretrain clip`: {made.steps} steps of {BATCH} images with {CAPTIONS} captions each;
-symmetric contrastive loss, every caption of an image counting as right for it; AdamW, learning rate
-{made.learning_rate:g} after {made.warmup} steps of warm-up with a cosine, weight decay {made.weight_decay:g}, \
-{made.precision}; images moved by up to {SHIFT} pixels, never mirrored.
+**Recipe.** `python -m wris_lib pretrain clip`: steps of {BATCH} images; symmetric contrastive loss, every caption of an
+image counting as right for it; AdamW with a cosine after a warm-up, weight decay {rounds[0].recipe().weight_decay:g},
+{rounds[0].recipe().precision}; images moved by up to {100 * SHIFT:.1f} % of their side, never mirrored.
 
-**Made.** {date.today().isoformat()}, {sum(row["seconds"] for row in log) / 60:.0f} minutes on {where}; \
-torch {torch.__version__.split("+")[0]}, open_clip {open_clip.__version__}. Mean loss of the last {len(last)} steps
+| round | pool | steps | captions an image | learning rate |
+|---|---|---|---|---|
+{recipes}
+
+**Made.** {date.today().isoformat()}, {minutes:.0f} minutes on {where}; torch {torch.__version__.split("+")[0]}, \
+open_clip {open_clip.__version__}. Mean loss of the last {len(last)} steps
 {sum(row["loss"] for row in last) / len(last):.2f}.
 
 **Figures.** Share of held-out images whose best caption among {HELD_OUT}, one an image, is right (R@1).

@@ -21,7 +21,7 @@ from wris_lib.files import atomic_folder, cache_dir, write_json
 
 SEED = 1009
 CAPTIONS = 6  # an image
-POOLS = {"clip": (40_000, 128), "sam": (12_000, 256)}  # images, pixels a side
+POOLS = {"clip": (40_000, 128), "sam": (12_000, 256), "clip-fine": (40_000, 192)}  # images, pixels a side
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Pool:
 
 
 def pool(name: str) -> Pool:
-    """The pool for "clip" or "sam"; made in the cache on first use, in a few minutes on two cores."""
+    """One of `POOLS`; made in the cache on first use, in a few minutes on two cores."""
     count, size = POOLS[name]
     return make_pool(cache_dir() / f"toyworld-{VERSION}-pool-{name}", name, count, size)
 
@@ -49,7 +49,7 @@ def make_pool(folder: Path, name: str, count: int, size: int, processes: int | N
     """A pool in `folder`, made unless it is there.
 
     Args:
-        name: "clip" (captions) or "sam" (labels).
+        name: one of `POOLS`: "sam" has labels, the others have captions.
         count: number of images.
         size: pixels a side.
     """
@@ -58,7 +58,7 @@ def make_pool(folder: Path, name: str, count: int, size: int, processes: int | N
             _write_pool(target, name, count, size, processes)
     shape = (count, size, size)
     images = np.memmap(folder / "images.bin", np.uint8, "r", shape=(*shape, 3))
-    if name == "clip":
+    if name != "sam":
         return Pool(images, None, json.loads((folder / "captions.json").read_text(encoding="utf-8")))
     return Pool(images, np.memmap(folder / "labels.bin", np.uint8, "r", shape=shape), None)
 
@@ -71,19 +71,19 @@ def _write_pool(folder: Path, name: str, count: int, size: int, processes: int |
             images.write(pixels)
             labels.write(label)
             captions.append(sentences)
-    if name == "clip":
+    if name != "sam":
         write_json(folder / "captions.json", captions)
 
 
 def _make_item(name: str, count: int, size: int, number: int) -> tuple[bytes, bytes, list[str]]:
     rng = np.random.default_rng([SEED, list(POOLS).index(name), number])
-    object_centric = number < count // 2 if name == "clip" else number % 3 == 0
+    object_centric = number % 3 == 0 if name == "sam" else number < count // 2
     categories = list(drawings())
     scene = sample_object_image(rng, categories[number % len(categories)]) if object_centric else sample_scene(rng)
     image = Image.fromarray(scene.image)
     if size != SIZE:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    if name == "clip":
+    if name != "sam":
         return image.tobytes(), b"", captions(scene, rng)
     return image.tobytes(), scene.labels.tobytes(), []
 
