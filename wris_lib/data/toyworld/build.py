@@ -134,7 +134,13 @@ def run_parallel(work, jobs: list, title: str, processes: int | None = None) -> 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _follow_parent) as pool:
         try:
-            for result in pool.map(work, jobs, chunksize=16):
+            # Workers start here, and inherit the mask: Ctrl-C is the parent's, also while they still import.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                results = pool.map(work, jobs, chunksize=16)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for result in results:
                 yield result
                 bar.update()
         except BrokenProcessPool as error:
@@ -148,8 +154,7 @@ def run_parallel(work, jobs: list, title: str, processes: int | None = None) -> 
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it is killed instead of waiting for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End when the parent is killed, instead of waiting for work for ever."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
