@@ -23,13 +23,14 @@ import regex
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
+from open_clip.model import resize_pos_embed
 from open_clip.tokenizer import bytes_to_unicode
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_toy_weights
-from wris_lib.backbones.clip import BPE, create_clip, encode_tokens, normalise, resize_positions
+from wris_lib.backbones.clip import BPE, create_clip, encode_tokens, normalise
 from wris_lib.data.toyworld import wording
 from wris_lib.data.toyworld.pretraining import POOLS, Pool, pool
 from wris_lib.files import atomic_write, cache_dir
@@ -199,8 +200,7 @@ def main(steps: int | None = None, folder: Path | None = None, device: str | tor
 def grow(small: open_clip.CLIP, large: open_clip.CLIP) -> None:
     """Copy a model's weights into one for larger images: position embeddings are interpolated."""
     state = small.state_dict()
-    name = "visual.positional_embedding"
-    state[name] = resize_positions(state[name], small.visual.grid_size, large.visual.grid_size)
+    resize_pos_embed(state, large)
     large.load_state_dict(state)
 
 

@@ -158,8 +158,8 @@ def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression
 
     The paper has one candidate a noun phrase, CLIP + SAM's answer. In a scene with three men "man" has three right
     answers, and CLIP + SAM's is one of them, or several at once. Here every peak of CLIP's map gives a candidate (see
-    `ClipSam.find_all`): the referent is among them twice as often (`ppt_pseudolabels.json`), and it is for `Select` to
-    find it.
+    `ClipSam.find_all`), and it is for `Select` to find the referent among them. In samples of ToyRef train it was there
+    in 79 of 100 expressions; in the paper's way in 37 (`train ppt --pseudo-labels` measures both on more).
 
     The first candidate is CLIP's choice. With a single noun phrase it counts as the referent until something better is
     known (H_sem); with several the referent is UNKNOWN (H_ref). "The left" is a noun phrase, too, but there is nothing
