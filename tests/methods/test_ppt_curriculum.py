@@ -24,13 +24,13 @@ tokenizer, clip = test_clip.tokenizer, test_ppt_training.clip
 segmenter, data = test_ppt_training.segmenter, test_ppt_training.data
 
 ROUNDS = (Round(1, ("H_sem", "D_sem"), 0.5), Round(2, DATASETS, 0.5, 0.5))
-TRAINING = Training(steps=6, learning_rate=1e-2, shares=1)
+TRAINING = Training(steps=6, learning_rate=1e-2)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Batches of three expressions, checkpoints at every other step."""
-    for name, value in (("IMAGES_PER_SHARE", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_SHARE", 1)):
+    for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
         monkeypatch.setattr(training, name, value)
     recipe = curriculum.Recipe
     monkeypatch.setattr(curriculum, "Recipe", lambda *args, **more: recipe(*args, **more | {"checkpoint_every": 2}))
@@ -105,7 +105,7 @@ def spy(monkeypatch):
         return np.array([(len(asked) + n) % 2 - (n == 3) * 2 for n in range(len(expressions))]).clip(UNKNOWN)
 
     class Batches:
-        def __init__(self, data, expressions, points, seed):
+        def __init__(self, data, expressions, points, seed, shares):
             seen.append((data, expressions, points, seed))
 
     monkeypatch.setattr(curriculum, "select", fake_select)

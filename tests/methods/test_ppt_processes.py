@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ segmenter, data = test_ppt_training.segmenter, test_ppt_training.data
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = (Round(1, ("H_sem", "D_sem"), 0.5), Round(2, DATASETS, 0.5))  # the second one selects referents
-KILLED = Training(steps=10, learning_rate=1e-2, shares=1)
-SHARED = Training(steps=4, learning_rate=1e-2, shares=2, precision="fp32")
+KILLED = Training(steps=10, learning_rate=1e-2)
+ALONE = Training(steps=4, learning_rate=1e-2, precision="fp32")
+SHARED = replace(ALONE, shares=2)
 
 
 def make_small(patch: Callable[[Any, str, Any], None]) -> None:
     """Batches of three expressions, checkpoints at every other step. `patch` is setattr, or monkeypatch.setattr."""
-    for name, value in (("IMAGES_PER_SHARE", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_SHARE", 1)):
+    for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
         patch(training, name, value)
     recipe = curriculum.Recipe
     patch(curriculum, "Recipe", lambda *args, **more: recipe(*args, **more | {"checkpoint_every": 2}))
@@ -102,8 +104,8 @@ def test_kill_minus_nine_in_the_middle_of_a_round(folder):
 
 
 def test_two_processes_match_one(folder):
-    """Each computes one of a batch's two shares."""
-    one = work(folder, "one", SHARED)
+    """Each computes one of a batch's two shares, the one process all of it at once."""
+    one = work(folder, "one", ALONE)
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
     launcher += ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
     call = "from accelerate import PartialState\nwork(folder, 'two', SHARED)\nassert PartialState().num_processes == 2"
@@ -116,7 +118,8 @@ def test_two_processes_match_one(folder):
     ends = [torch.load(folder / name / "round 2" / "checkpoint.pt", weights_only=True) for name in ("one", "two")]
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, ends[0]["model"][name])
-        torch.testing.assert_close(ends[1]["model"][name], tensor, atol=1e-5, rtol=1e-4)
+        # Adam divides a gradient by its size: where it is nearly 0, rounding shows. A step is 0.01.
+        torch.testing.assert_close(ends[1]["model"][name], tensor, atol=1e-3, rtol=0)
     losses = [[row["loss"] for row in end["log"]] for end in ends]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert not same_weights(one, tiny_generator())

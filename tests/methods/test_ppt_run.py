@@ -87,7 +87,7 @@ def world(tmp_path_factory, clip, segmenter):
         patch.setattr(run.toyworld, "ensure", lambda: folder)
         patch.setattr(run, "configure", lambda clip: replace(configure(clip), queries=9, points=3, **SIZES))
         patch.setattr(run, "Training", partial(Training, steps=STEPS))
-        for name, value in (("IMAGES_PER_SHARE", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_SHARE", 1)):
+        for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
             patch.setattr(training, name, value)
         patch.setattr(run, "WEIGHTS", folder / "package")
         yield folder

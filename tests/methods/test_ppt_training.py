@@ -13,6 +13,7 @@ from tests.backbones import test_clip
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.feature_store import Rows
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam
+from wris_lib.errors import WrisError
 from wris_lib.methods.ppt import training
 from wris_lib.methods.ppt.labels import UNKNOWN, Collector
 from wris_lib.methods.ppt.loss import LossWeights
@@ -198,7 +199,7 @@ def test_a_batch_depends_on_its_number_alone(data):
 
 @pytest.mark.parametrize("names", [("H_sem",), ("H_ref", "D_ref"), ("D_sem", "H_sem", "D_ref")])
 def test_a_batch_has_expressions_of_the_given_ones_only(data, drawn, monkeypatch, names):
-    monkeypatch.setattr(training, "IMAGES_PER_SHARE", 5)
+    monkeypatch.setattr(training, "IMAGES_PER_STEP", 5)
     monkeypatch.setattr(training, "EXPRESSIONS_PER_IMAGE", 2)
     given = data.of(names)
     batches = Batches(data, given, 3, seed=0)
@@ -217,7 +218,7 @@ def test_a_batch_has_expressions_of_the_given_ones_only(data, drawn, monkeypatch
 
 
 def test_an_image_is_drawn_as_often_as_it_has_expressions_to_give(data, drawn, monkeypatch):
-    monkeypatch.setattr(training, "IMAGES_PER_SHARE", 200)
+    monkeypatch.setattr(training, "IMAGES_PER_STEP", 200)
     monkeypatch.setattr(training, "EXPRESSIONS_PER_IMAGE", 3)
     given = data.of(DATASETS)
     Batches(data, given, 3, seed=0)(0)
@@ -228,8 +229,8 @@ def test_an_image_is_drawn_as_often_as_it_has_expressions_to_give(data, drawn, m
 
 
 def test_what_is_in_a_batch_belongs_together(data, drawn, monkeypatch):
-    monkeypatch.setattr(training, "IMAGES_PER_SHARE", 4)
-    monkeypatch.setattr(training, "MASKS_PER_SHARE", 5)
+    monkeypatch.setattr(training, "IMAGES_PER_STEP", 4)
+    monkeypatch.setattr(training, "MASKS_PER_STEP", 5)
     batch = Batches(data, data.of(DATASETS), 2, seed=1)(0)
     (chosen,) = drawn
     expected = data.inputs(chosen)
@@ -250,9 +251,24 @@ def test_what_is_in_a_batch_belongs_together(data, drawn, monkeypatch):
 
 
 def test_a_batch_smaller_than_the_number_of_masks(data, monkeypatch):
-    monkeypatch.setattr(training, "IMAGES_PER_SHARE", 1)
+    monkeypatch.setattr(training, "IMAGES_PER_STEP", 1)
     batch = Batches(data, data.of(["D_sem"]), 3, seed=0)(0)
     assert batch["decoded"].tolist() == [0] and len(batch["embeddings"]) == 1
+
+
+def test_shares_of_a_batch_are_the_batch(data, monkeypatch):
+    monkeypatch.setattr(training, "IMAGES_PER_STEP", 5)
+    whole = Batches(data, data.of(DATASETS), 3, seed=2)(7)
+    shares = [Batches(data, data.of(DATASETS), 3, seed=2, shares=3)(3 * 7 + share) for share in range(3)]
+    for name, tensor in whole["labels"].items():
+        rows = torch.cat([share["labels"][name] for share in shares]).flatten(1).tolist()
+        assert sorted(rows) == sorted(tensor.flatten(1).tolist()), name
+    assert sum(len(share["embeddings"]) for share in shares) == len(whole["embeddings"])
+
+
+def test_more_shares_than_images(data):
+    with pytest.raises(WrisError, match="a batch of 10 images cannot be cut into 11 shares; start fewer processes"):
+        Batches(data, data.of(DATASETS), 3, seed=0, shares=11)
 
 
 # -------------------------------------------------------------------------------------------------------- the loss
@@ -329,9 +345,9 @@ def slow_loss(generator: PointGenerator, segmenter: Segmenter, batch: dict, weig
 @pytest.fixture
 def batch(data, monkeypatch) -> dict:
     """Of all datasets, with H_ref's referents selected, and square and other images."""
-    monkeypatch.setattr(training, "IMAGES_PER_SHARE", 6)
+    monkeypatch.setattr(training, "IMAGES_PER_STEP", 6)
     monkeypatch.setattr(training, "EXPRESSIONS_PER_IMAGE", 3)
-    monkeypatch.setattr(training, "MASKS_PER_SHARE", 7)
+    monkeypatch.setattr(training, "MASKS_PER_STEP", 7)
     known = data.with_referents(np.maximum(data.labels.referent, 0))
     batches = Batches(known, data.of(DATASETS), CONFIG.points, seed=0)
     return next(batch for batch in map(batches, range(50)) if len(batch["labels"]["extents"].unique(dim=0)) == 3)
@@ -357,6 +373,28 @@ def test_the_loss_equals_a_slow_computation(batch, segmenter, masks, anchored):
         assert terms[name].item() == pytest.approx(expected[name], rel=1e-3), name
     total = sum(getattr(weights, name) * expected[name] for name in names)
     assert terms["loss"].item() == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize("masks", [1, 7])
+def test_shares_have_the_batchs_loss_and_gradient(data, segmenter, monkeypatch, masks):
+    """With one mask a batch, all shares but one have none."""
+    monkeypatch.setattr(training, "IMAGES_PER_STEP", 5)
+    monkeypatch.setattr(training, "MASKS_PER_STEP", masks)
+    known = data.with_referents(np.maximum(data.labels.referent, 0))
+    loss, found = training_loss(segmenter, WEIGHTS, blend=False), []
+    for shares in (1, 3):
+        generator, sums = spread(tiny_generator()), {}
+        batches = Batches(known, data.of(DATASETS), CONFIG.points, seed=4, shares=shares)
+        for share in range(shares):
+            terms = loss(generator, batches(share), 0)
+            (terms["loss"] / shares).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.item() / shares
+        found.append((sums, [p.grad for p in generator.parameters()]))
+    (one, gradients), (three, others) = found
+    assert three == pytest.approx(one, rel=1e-5) and min(one.values()) > 0
+    for a, b in zip(gradients, others, strict=True):
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-3)
 
 
 def test_without_mask_terms_sam_is_not_asked(batch, monkeypatch):
@@ -398,8 +436,8 @@ def test_a_generator_starts_from_its_seed_and_whitens_what_it_will_see(data):
 
 
 def test_a_generator_learns_from_the_batches(data, segmenter, monkeypatch):
-    monkeypatch.setattr(training, "IMAGES_PER_SHARE", 4)
-    monkeypatch.setattr(training, "MASKS_PER_SHARE", 1)
+    monkeypatch.setattr(training, "IMAGES_PER_STEP", 4)
+    monkeypatch.setattr(training, "MASKS_PER_STEP", 1)
     chosen = data.of(["H_sem", "D_sem"])
     batches, generator = Batches(data, chosen, CONFIG.points, seed=0), tiny_generator()
     loss = training_loss(segmenter, LossWeights(), blend=False)

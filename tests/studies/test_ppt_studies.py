@@ -180,7 +180,7 @@ def runner(weights, clip, segmenter, data, monkeypatch) -> Runner:
     """With tiny models. What is measured is a fingerprint of the weights."""
     runner = object.__new__(Runner)
     runner.clip, runner.segmenter, runner.data = clip, segmenter, data
-    for name, value in (("IMAGES_PER_SHARE", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_SHARE", 1)):
+    for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
         monkeypatch.setattr(training, name, value)
     monkeypatch.setattr(studies.data, "load", lambda split: SimpleNamespace(items=[split]))
     monkeypatch.setattr(benchmark, "predictor", lambda method: method.generator)
@@ -523,7 +523,7 @@ def test_what_is_computed_anew_is_what_the_cache_has(clip, segmenter, encoder):
 
 def test_seconds_an_expression(data, segmenter, monkeypatch):
     """The median of the steps behind the first, with a clock that is known; a share has three expressions."""
-    for name, value in (("IMAGES_PER_SHARE", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_SHARE", 1)):
+    for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
         monkeypatch.setattr(training, name, value)
     clock = iter(np.cumsum([0, 90, 3, 1, 15, 1, 6]))  # begins at 0; then three steps of 3, 15 and 6 seconds
     monkeypatch.setattr(studies, "time", SimpleNamespace(perf_counter=clock.__next__))
@@ -536,7 +536,7 @@ def test_seconds_an_expression(data, segmenter, monkeypatch):
 @pytest.fixture
 def speed(clip, segmenter, monkeypatch, tmp_path):
     """`cache_speed` on tiny data with seconds that are known: its result, and what it measured."""
-    for name, value in (("IMAGES_PER_SHARE", 3), ("EXPRESSIONS_PER_IMAGE", 2), ("MASKS_PER_SHARE", 2)):
+    for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 2), ("MASKS_PER_STEP", 2)):
         monkeypatch.setattr(training, name, value)
     monkeypatch.setattr(studies, "load_clip", lambda stack: clip)
     monkeypatch.setattr(studies, "load_sam", lambda stack: segmenter)

@@ -83,7 +83,7 @@ class Training:
         seed: of the generator's first weights and of everything drawn.
         weights: of the loss's terms.
         blend: see `prompt_sam`.
-        shares: of a batch, for as many processes; in one process the result is the same.
+        shares: of a batch, for as many processes; however many, the result is the same but for rounding.
         precision: "bf16" or "fp32", see `Recipe`.
     """
 
@@ -92,7 +92,7 @@ class Training:
     seed: int = 0
     weights: LossWeights = field(default_factory=LossWeights)
     blend: bool = False
-    shares: int = 2
+    shares: int = 1
     precision: str = "bf16"
 
     def recipe(self, this: Round, number: int) -> Recipe:
@@ -167,7 +167,8 @@ def train(
                 f"round {number + 1} learns from {', '.join(this.datasets)}, but there is no expression with a referent"
                 " in them; are there pictures, and did CLIP + SAM find anything in them?"
             )
-        batches = Batches(active, expressions, generator.config.points, 100 * training.seed + number)
+        seed = 100 * training.seed + number
+        batches = Batches(active, expressions, generator.config.points, seed, training.shares)
         log = fit(generator, loss, batches, training.recipe(this, number), place, device)
         yield Done(this, log, active.labels.referent)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shlex
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def main(
     everything = load_data(stack, clip, data, objects)
     generator = start(configure(clip), seed, everything)
     _claim(folder, everything, generator.config)
-    training = Training(seed=seed) if steps is None else Training(steps=steps, seed=seed)
+    training = Training(seed=seed, shares=processes.num_processes)
+    if steps is not None:
+        training = replace(training, steps=steps)
     done = list(train(generator, segmenter, everything, CURRICULA["full"], training, folder, segmenter.device))
     if not processes.is_main_process:
         return

@@ -17,6 +17,7 @@ from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.feature_store import FeatureStore, JoinedStores, open_features
 from wris_lib.backbones.features import clip_patches, clip_words, sam_embeddings, texts
 from wris_lib.backbones.sam import Segmenter
+from wris_lib.errors import WrisError
 from wris_lib.methods.ppt.labels import UNKNOWN, LabelledExpressions, join
 from wris_lib.methods.ppt.loss import LossWeights, PseudoLabels, match, matched_loss, pair_terms
 from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator, visual_tokens
@@ -26,10 +27,10 @@ from wris_lib.methods.ppt.pseudo import LabelledImages
 DATASETS = ("H_sem", "H_ref", "D_sem", "D_ref")
 H_SEM, H_REF, D_SEM, D_REF = range(4)
 
-IMAGES_PER_SHARE = 5
+IMAGES_PER_STEP = 10
 EXPRESSIONS_PER_IMAGE = 8
 WHITENED = 200  # images, and ten times as many expressions, that show how features vary
-MASKS_PER_SHARE = 1  # pairs whose masks SAM decodes: it takes longer over one than the generator over an expression
+MASKS_PER_STEP = 2  # pairs whose masks SAM decodes: it takes longer over one than the generator over an expression
 
 
 @dataclass(frozen=True)
@@ -125,17 +126,28 @@ def start(config: GeneratorConfig, seed: int, data: TrainingData) -> PointGenera
 class Batches:
     """A share of a batch, as a pure function of its number: images, and some expressions of each.
 
-    An image is drawn in proportion to the expressions that it can give to a batch, so that all count alike.
+    An image is drawn in proportion to the expressions that it can give to a batch, so that all count alike. Into how
+    many shares a batch is cut does not change what is in it.
 
     Args:
         data: encoded.
         expressions: the numbers of those that take part.
         points: M.
         seed: of the choice.
+        shares: of a batch, see `Recipe`.
+
+    Raises:
+        WrisError: there are more shares than images in a batch.
     """
 
-    def __init__(self, data: TrainingData, expressions: Int[np.ndarray, " n"], points: int, seed: int) -> None:
-        self.data, self.points, self.seed = data, points, seed
+    def __init__(
+        self, data: TrainingData, expressions: Int[np.ndarray, " n"], points: int, seed: int, shares: int = 1
+    ) -> None:
+        if shares > IMAGES_PER_STEP:
+            raise WrisError(
+                f"a batch of {IMAGES_PER_STEP} images cannot be cut into {shares} shares; start fewer processes."
+            )
+        self.data, self.points, self.seed, self.shares = data, points, seed, shares
         image = data.labels.image[expressions]
         order = np.argsort(image, kind="stable")
         _, starts = np.unique(image[order], return_index=True)
@@ -144,19 +156,29 @@ class Batches:
         self.probability = given / given.sum()
 
     def __call__(self, number: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, number])
+        step, share = divmod(number, self.shares)
+        rng = np.random.default_rng([self.seed, step])
         chosen = []
-        for image in rng.choice(len(self.by_image), IMAGES_PER_SHARE, p=self.probability):
+        for image in rng.choice(len(self.by_image), IMAGES_PER_STEP, p=self.probability):
             group = self.by_image[image]
             chosen.append(rng.choice(group, min(len(group), EXPRESSIONS_PER_IMAGE), replace=False))
         expressions = np.concatenate(chosen)
         labels = self.data.labels.draw(expressions, self.points, rng)
-        decoded = rng.permutation(len(expressions))[:MASKS_PER_SHARE]
+        decoded = np.sort(rng.permutation(len(expressions))[:MASKS_PER_STEP])
+        place = np.repeat(np.arange(len(chosen)), [len(group) for group in chosen])
+        here = place % self.shares == share
+        own, own_decoded = np.flatnonzero(here), decoded[here[decoded]]
         return {
-            "inputs": self.data.inputs(expressions),
-            "labels": {field.name: getattr(labels, field.name) for field in fields(labels)},
-            "decoded": torch.from_numpy(decoded),
-            "embeddings": self.data.embeddings[self.data.labels.image[expressions[decoded]]]["embedding"].float(),
+            "inputs": self.data.inputs(expressions[own]),
+            "labels": {field.name: getattr(labels, field.name)[own] for field in fields(labels)},
+            "decoded": torch.from_numpy(np.searchsorted(own, own_decoded)),
+            "embeddings": self.data.embeddings[self.data.labels.image[expressions[own_decoded]]]["embedding"].float(),
+            # How much each mean over this share counts in the mean over the batch.
+            "weights": {
+                "expressions": self.shares * len(own) / len(expressions),
+                "pairs": self.shares * float(labels.present[own].sum() / labels.present.sum()),
+                "decoded": self.shares * len(own_decoded) / len(decoded),
+            },
         }
 
 
@@ -177,15 +199,27 @@ def training_loss(
         terms = pair_terms(prompts, labels, weights)
         matches = match(terms, labels.present, weights)
         masks, pairs = None, None
-        if weights.dice or weights.mask:
+        if (weights.dice or weights.mask) and len(batch["decoded"]):
             referents = labels.scores[matches.expression, matches.label] == 1
             here = (matches.expression[:, None] == batch["decoded"]) & referents[:, None]  # pair × expression
             pairs, rows = here.nonzero(as_tuple=True)
             asked = (matches.expression[pairs], matches.query[pairs])
             masks = _masks(segmenter, prompts, labels, asked, batch["embeddings"][rows], blend)
-        return matched_loss(prompts, labels, terms, matches, weights, masks, generator.config.anchored, pairs)
+        means = matched_loss(prompts, labels, terms, matches, weights, masks, generator.config.anchored, pairs)
+        if (weights.dice or weights.mask) and masks is None:  # another share has them all; each has the same terms
+            means |= dict.fromkeys(("dice", "mask"), prompts.points.new_zeros(()))
+        return _of_the_batch(means, batch["weights"], weights)
 
     return loss
+
+
+def _of_the_batch(
+    means: dict[str, Float[Tensor, ""]], counts: dict[str, float], weights: LossWeights
+) -> dict[str, Float[Tensor, ""]]:
+    """Means over a share, so that their mean over the shares is that over the batch."""
+    over = {"score": "expressions", "dice": "decoded", "mask": "decoded", "points": "pairs", "labels": "pairs"}
+    terms = {name: counts[over[name]] * mean for name, mean in means.items() if name != "loss"}
+    return {"loss": sum(getattr(weights, name) * term for name, term in terms.items()), **terms}
 
 
 def _masks(
