@@ -121,6 +121,8 @@ def slow_generator(
             scale, shift = stage.film(text[-1]).chunk(2)
             queries = queries * (1 + scale) + shift
         queries = stage.read_norm(queries + slow_attention(stage.read, queries, text))
+        if config.anchored:
+            queries = stage.compare_norm(queries + slow_attention(stage.compare, queries, queries))
         queries = stage.feedforward_norm(queries + stage.feedforward(queries))
     raw = model.point_head(queries).view(config.queries, config.points, 3)
     x, y, r = raw.unbind(-1)

@@ -44,7 +44,8 @@ class GeneratorConfig:
         anchored: queries start on a grid over the image, learn offsets from there, and are told what CLIP sees at
             their place, and how like the sentence Surgery's map is there; they look at what is near first, each head as
             far as it learns to (SMCA, Gao et al. 2021); the sentence scales and shifts their channels (FiLM, Perez et
-            al. 2018). False: the paper's queries, free vectors that know of a place only what training put into them.
+            al. 2018); and they see one another, for "the man on the left" is a question about several men. False: the
+            paper's queries, free vectors that know of a place only what training put into them.
         fuse_vision: words change what queries see of the image, as in the paper. False: the image changes the words
             only; then expressions of an image share its keys and values, and training is about 3 times as fast.
         fusion_width: channels inside `Fusion`; 64 in the paper.
@@ -193,8 +194,8 @@ class Fusion(nn.Module):
 class Stage(nn.Module):
     """Fusion, and one step of the queries: Q ← CrossAttn(CrossAttn(Q, V'), T'), then a feed-forward layer.
 
-    As in DETR (Carion et al. 2020) each has a residual and a layer norm behind it. Unlike there, and as the paper
-    writes it, queries do not see one another.
+    As in DETR (Carion et al. 2020) each has a residual and a layer norm behind it. Anchored queries also see one
+    another, as there; the paper's do not.
     """
 
     def __init__(self, config: GeneratorConfig, channels: int, first: bool) -> None:
@@ -209,6 +210,7 @@ class Stage(nn.Module):
         if self.anchored:
             self.local = nn.Linear(channels, width)
             self.film = nn.Linear(config.word_channels, 2 * width)
+            self.compare, self.compare_norm = Attention(width, width, config.heads), nn.LayerNorm(width)
             # Reach of each head as a share of the image: the standard deviation of a Gaussian around the anchor.
             self.log_reach = nn.Parameter(torch.linspace(math.log(0.08), 0.0, config.heads))
 
@@ -249,6 +251,8 @@ class Stage(nn.Module):
             scale, shift = self.film(sentence)[:, None].chunk(2, dim=-1)
             queries = queries * (1 + scale) + shift
         queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
+        if self.anchored:
+            queries = self.compare_norm(queries + self.compare(queries, self.compare.memory(queries)))
         return self.feedforward_norm(queries + self.feedforward(queries)), earlier
 
     def _look(
