@@ -122,7 +122,7 @@ def test_sizes_are_what_this_clip_gives(clip, tokenizer):
 def test_other_sizes_for_studies(clip):
     config = configure(clip, queries=5, points=2, anchored=False)
     assert (config.queries, config.points, config.anchored) == (5, 2, False)
-    assert replace(config, queries=16, points=9, anchored=True) == configure(clip)
+    assert replace(config, queries=16, points=16, anchored=True) == configure(clip)
     with pytest.raises(WrisError, match="5 anchored queries do not fill a square grid"):
         configure(clip, queries=5)
 

@@ -401,7 +401,7 @@ def test_the_study(fake, tmp_path):
     assert len(fake.done) == len({run.folder for run in fake.done}) == 2 * len(studies.STUDIED)
     runs = dict(zip(studies.STUDIED, (run for run in fake.done if run.training.seed == 2), strict=True))
     assert all(run.curriculum == "full" and run.training.steps == 50 for run in runs.values())
-    usual = runs["default: K = 16, M = 9, thresholded labels"]
+    usual = runs["default: K = 16, M = 16, thresholded labels"]
     for name, run in runs.items():  # a row says what it changes, and nothing else is changed
         config, training, weights = run.config, run.training, run.training.weights
         if found := re.match(r"K = (\d+)", name):

@@ -65,12 +65,12 @@ ROWS = {
     "9 w/o IMG": ("no images", 3),
 }
 STUDIED = {
-    "default: K = 16, M = 9, thresholded labels": {},
-    "K = 9": {"config": {"queries": 9}},  # 4 are too few: a composed scene has up to 6 candidates
+    "default: K = 16, M = 16, thresholded labels": {},
+    "K = 9": {"config": {"queries": 9}},  # with 4 none would be left over: as many candidates are drawn
     "K = 36": {"config": {"queries": 36}},
     "K = 16 free queries": {"config": {"anchored": False}},
     "M = 4": {"config": {"points": 4}},
-    "M = 16": {"config": {"points": 16}},
+    "M = 9": {"config": {"points": 9}},
     "soft labels (blend)": {"training": {"blend": True}},
     "no mask loss": {"training": {"weights": LossWeights(dice=0.0, mask=0.0)}},
     "points weigh 2": {"training": {"weights": LossWeights(points=2.0)}},

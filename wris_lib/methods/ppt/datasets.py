@@ -48,7 +48,7 @@ from wris_lib.methods.ppt.training import TrainingData, encode
 OBJECT_RULE = PointRule(threshold=0.6, most=60, negatives=False)
 SIZE = 256  # pixels a side of composed images
 COPIES = 2  # of every object-centric picture in D_sem
-SCENES = 6000  # in D_ref
+SCENES = 9000  # in D_ref
 CODE = (*CLIP_CODE, *SAM_CODE, language_code, images_code, clip_sam.__file__, labels.__file__, pseudo.__file__)
 
 

@@ -229,7 +229,7 @@ def _masks_of(labels: PseudoLabels) -> Float[Tensor, "E Y m m"]:
 def _match_points(costs: Float[Tensor, "E K Y M M"], present: Bool[Tensor, "E Y"]) -> Int[Tensor, "E K Y M 1"]:
     """For each predicted point of each pair the number of the drawn point that is its partner."""
     partner = np.tile(np.arange(costs.shape[-1]), (*costs.shape[:3], 1))
-    every = costs.cpu().numpy()
+    every = costs.double().cpu().numpy()  # which scipy would make of every single one
     for e, y in np.argwhere(present.cpu().numpy()):
         for k in range(costs.shape[1]):
             partner[e, k, y] = _assign(every[e, k, y])[1]

@@ -62,7 +62,7 @@ class GeneratorConfig:
     visual_channels: tuple[int, ...]
     word_channels: int
     queries: int = 16
-    points: int = 9
+    points: int = 16
     anchored: bool = True
     fuse_vision: bool = False
     fusion_width: int = 64

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
@@ -29,12 +29,12 @@ from wris_lib.evaluate import iou
 from wris_lib.methods import Method
 from wris_lib.methods.clip_sam import ClipSam
 from wris_lib.methods.ppt.compose import ComposedScene, ObjectPicture, compose, fuse, place, sentences
-from wris_lib.methods.ppt.labels import UNKNOWN, Collector, LabelledExpressions
+from wris_lib.methods.ppt.labels import UNKNOWN, Collector, LabelledExpressions, shrink
 
 LEAST_AREA, LARGEST_AREA = 0.01, 0.9  # of the picture: a mask beyond these is no object
 LEAST_SEEN, LARGEST_SEEN = 0.004, 0.6  # the same for an object among others, in a scene
 SAME = 0.6  # IoU from which two candidates are one
-MOST_OBJECTS = 6  # in a composed scene
+MOST_OBJECTS = 9  # in a composed scene
 TWINS = 0.5  # share of scenes in which several objects are of the first one's class
 ARTICLES = {"the", "a", "an"}
 PLACES = {"left", "right", "top", "bottom", "front", "back", "middle", "center", "centre", "side", "corner", "picture"}
@@ -107,12 +107,12 @@ def semantic(pictures: Sequence[ObjectPicture], copies: int, size: int, side: in
     def make(row: int) -> ComposedScene:
         return place(pictures[row // copies], size, np.random.default_rng([seed, 1, row]))
 
-    collector = Collector(side)
-    rows = _rows("D_sem", pictures, len(pictures) * copies, (size, seed, copies), make)
-    for row in tqdm(range(len(rows.keys)), "D_sem", unit=" images"):
+    collector, keys = Collector(side), []
+    for row in tqdm(range(len(pictures) * copies), "D_sem", unit=" images"):
         scene = make(row)
+        keys.append(_key(row, scene))
         collector.add(f"the {scene.names[0]} in the middle", row, scene.masks, 0)
-    return LabelledImages(rows, collector.finish())
+    return LabelledImages(Rows(keys, lambda row: Image.fromarray(make(row).image)), collector.finish())
 
 
 def referring(pictures: Sequence[ObjectPicture], scenes: int, size: int, side: int, seed: int = 0) -> LabelledImages:
@@ -140,17 +140,19 @@ def referring(pictures: Sequence[ObjectPicture], scenes: int, size: int, side: i
         rng.shuffle(chosen)
         return (compose if row % 2 == 0 else fuse)([pictures[number] for number in chosen], size, rng)
 
-    def generator(row: int) -> np.random.Generator:
-        return np.random.default_rng([seed, 2, row])
-
-    collector = Collector(side)
+    collector, keys = Collector(side), []
     for row in tqdm(range(scenes), "D_ref", unit=" scenes"):
-        rng = generator(row)
+        rng = np.random.default_rng([seed, 2, row])
         scene = make(row, rng)
+        keys.append(_key(row, scene))
+        small = np.stack([shrink(mask, side) for mask in scene.masks])  # once, not for each of the sentences
         for text, referent in sentences(scene, rng):
-            collector.add(text, row, scene.masks, referent)
-    rows = _rows("D_ref", pictures, scenes, (size, seed), lambda row: make(row, generator(row)))
-    return LabelledImages(rows, collector.finish())
+            collector.add(text, row, small, referent)
+
+    def load(row: int) -> Image.Image:
+        return Image.fromarray(make(row, np.random.default_rng([seed, 2, row])).image)
+
+    return LabelledImages(Rows(keys, load), collector.finish())
 
 
 def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression], side: int) -> LabelledImages:
@@ -161,9 +163,10 @@ def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression
     `ClipSam.find_all`), and it is for `Select` to find the referent among them. In samples of ToyRef train it was there
     in 79 of 100 expressions; in the paper's way in 37 (`train ppt --pseudo-labels` measures both on more).
 
-    The first candidate is CLIP's choice. With a single noun phrase it counts as the referent until something better is
-    known (H_sem); with several the referent is UNKNOWN (H_ref). "The left" is a noun phrase, too, but there is nothing
-    of that name to be found; such phrases do not count.
+    The first candidate is CLIP's choice: of what the first noun phrase may name, the one in which the map of the whole
+    sentence is highest. With a single noun phrase it counts as the referent until something better is known (H_sem);
+    with several the referent is UNKNOWN (H_ref). "The left" is a noun phrase, too, but there is nothing of that name to
+    be found; such phrases do not count.
 
     Args:
         method: CLIP + SAM.
@@ -180,15 +183,24 @@ def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression
         by_image.setdefault(item.image_path, []).append((item.expression, things(parse)))
     collector, nothing = Collector(side), 0
     for row, (path, expressions) in enumerate(tqdm(by_image.items(), "candidates of expressions", unit=" images")):
+        image = load_image(path)
         phrases = list(dict.fromkeys(phrase for _, found in expressions for phrase in found))
-        found = method.find_all(load_image(path), phrases)
-        objects = {phrase: _distinct(masks) for phrase, masks in zip(phrases, found, strict=True)}
-        for expression, named in expressions:
+        objects = dict(zip(phrases, map(_distinct, method.find_all(image, phrases)), strict=True))
+        maps = method.maps(image, [expression for expression, _ in expressions])
+        for (expression, named), response_map in zip(expressions, maps, strict=True):
             nothing += sum(not objects[phrase] for phrase in named)
-            masks = _distinct([mask for phrase in named for mask in objects[phrase]])
+            first, *others = (objects[phrase] for phrase in named)
+            masks = _distinct([*_highest_first(first, response_map), *(mask for found in others for mask in found)])
             if masks:
                 collector.add(expression, row, np.stack(masks), 0 if len(named) == 1 else UNKNOWN)
     return LabelledImages(image_files(list(by_image)), collector.finish(), {"phrases found nowhere": nothing})
+
+
+def _highest_first(
+    masks: Iterable[Bool[np.ndarray, "h w"]], response_map: Float[np.ndarray, "h w"]
+) -> list[Bool[np.ndarray, "h w"]]:
+    """Sorted by the highest value of the map in them."""
+    return sorted(masks, key=lambda mask: response_map[mask].max(), reverse=True)
 
 
 def _distinct(masks: Iterable[Bool[np.ndarray, "h w"]]) -> list[Bool[np.ndarray, "h w"]]:
@@ -219,10 +231,6 @@ def names_a_place(phrase: str) -> bool:
     return {*phrase.lower().split()} - ARTICLES <= PLACES
 
 
-def _rows(name: str, pictures: Sequence[ObjectPicture], count: int, settings: tuple, make) -> Rows:
-    """Composed images as rows: known by the pictures that they are made of, and by the seed."""
-    content = hashlib.sha256()
-    for picture in pictures:
-        content.update(picture.image.tobytes() + picture.mask.tobytes() + picture.name.encode())
-    key = f"{name} {content.hexdigest()} {settings}"
-    return Rows([f"{key} {row}" for row in range(count)], lambda row: Image.fromarray(make(row).image))
+def _key(row: int, scene: ComposedScene) -> str:
+    """What the feature cache knows an image by: its pixels, and its number, for two may be alike."""
+    return f"{row} {hashlib.sha256(scene.image.tobytes()).hexdigest()}"
