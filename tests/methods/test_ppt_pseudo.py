@@ -46,11 +46,6 @@ class ByColour(ClipSam):
             answers.append(Prediction(mask, mask.astype(np.float32), *empty, float(mask.mean())))
         return answers
 
-    def maps(self, image, expressions):
-        """As CLIP might see them: bluer is higher, and farther down."""
-        height, width = np.array(image).shape[:2]
-        return [np.array(image)[:, :, 2] / 255 + np.arange(height)[:, None] / height / 9 for _ in expressions]
-
     def find_all(self, image, expressions):
         found = []
         for answer in self.predict(image, expressions):
@@ -180,17 +175,10 @@ def test_what_was_found_twice_is_one_candidate(tmp_path):
     np.testing.assert_array_equal(candidates, [first, other, rectangle(25, 25, 9, 9)])  # in the order of the phrases
 
 
-def test_clips_choice_is_where_the_map_of_the_sentence_is_highest_of_what_the_first_phrase_names(tmp_path):
-    """The map is higher farther down."""
-    top, middle, bottom = (rectangle(5, y, 9, 9) for y in (0, 15, 30))
-    candidates = candidates_of("dog | car", {"dog": [top, middle], "car": [bottom]}, tmp_path)
-    np.testing.assert_array_equal(candidates, [middle, top, bottom])
-
-
 def test_crumbs_and_backgrounds_are_no_candidates(tmp_path):
     found = [rectangle(0, 0, 2, 3), rectangle(0, 0, 2, 4), rectangle(0, 0, 40, 25), rectangle(0, 0, 40, 24)]
     candidates = candidates_of("dog", {"dog": found}, tmp_path)  # 6, 8, 1000, 960 of 1600 pixels
-    np.testing.assert_array_equal(candidates, [found[3], found[1]])  # the larger one reaches farther down
+    np.testing.assert_array_equal(candidates, [found[1], found[3]])
 
 
 def test_places_are_no_things():

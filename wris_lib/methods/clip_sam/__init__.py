@@ -75,11 +75,6 @@ class ClipSam(Method):
         embedded = self.sam.embed(image)
         return [self._segment(embedded, response_map) for response_map in maps.float().cpu().numpy()]
 
-    def maps(self, image: Image.Image, expressions: list[str]) -> list[Float[np.ndarray, "H W"]]:
-        """CLIP's map of each expression, of the image's size and scaled to [0, 1]."""
-        maps = self.clip.maps(self.clip.encode_image(image), expressions, self.kind)
-        return [enlarge(each, *image.size) for each in maps.float().cpu().numpy()]
-
     def find_all(self, image: Image.Image, expressions: list[str]) -> list[list[Bool[np.ndarray, "H W"]]]:
         """For each expression every object that it may name, the likeliest first: each peak of the map asks SAM anew.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
@@ -163,10 +163,9 @@ def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression
     `ClipSam.find_all`), and it is for `Select` to find the referent among them. In samples of ToyRef train it was there
     in 79 of 100 expressions; in the paper's way in 37 (`train ppt --pseudo-labels` measures both on more).
 
-    The first candidate is CLIP's choice: of what the first noun phrase may name, the one in which the map of the whole
-    sentence is highest. With a single noun phrase it counts as the referent until something better is known (H_sem);
-    with several the referent is UNKNOWN (H_ref). "The left" is a noun phrase, too, but there is nothing of that name to
-    be found; such phrases do not count.
+    The first candidate is CLIP's choice. With a single noun phrase it counts as the referent until something better is
+    known (H_sem); with several the referent is UNKNOWN (H_ref). "The left" is a noun phrase, too, but there is nothing
+    of that name to be found; such phrases do not count.
 
     Args:
         method: CLIP + SAM.
@@ -183,24 +182,15 @@ def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression
         by_image.setdefault(item.image_path, []).append((item.expression, things(parse)))
     collector, nothing = Collector(side), 0
     for row, (path, expressions) in enumerate(tqdm(by_image.items(), "candidates of expressions", unit=" images")):
-        image = load_image(path)
         phrases = list(dict.fromkeys(phrase for _, found in expressions for phrase in found))
-        objects = dict(zip(phrases, map(_distinct, method.find_all(image, phrases)), strict=True))
-        maps = method.maps(image, [expression for expression, _ in expressions])
-        for (expression, named), response_map in zip(expressions, maps, strict=True):
+        found = method.find_all(load_image(path), phrases)
+        objects = {phrase: _distinct(masks) for phrase, masks in zip(phrases, found, strict=True)}
+        for expression, named in expressions:
             nothing += sum(not objects[phrase] for phrase in named)
-            first, *others = (objects[phrase] for phrase in named)
-            masks = _distinct([*_highest_first(first, response_map), *(mask for found in others for mask in found)])
+            masks = _distinct([mask for phrase in named for mask in objects[phrase]])
             if masks:
                 collector.add(expression, row, np.stack(masks), 0 if len(named) == 1 else UNKNOWN)
     return LabelledImages(image_files(list(by_image)), collector.finish(), {"phrases found nowhere": nothing})
-
-
-def _highest_first(
-    masks: Iterable[Bool[np.ndarray, "h w"]], response_map: Float[np.ndarray, "h w"]
-) -> list[Bool[np.ndarray, "h w"]]:
-    """Sorted by the highest value of the map in them."""
-    return sorted(masks, key=lambda mask: response_map[mask].max(), reverse=True)
 
 
 def _distinct(masks: Iterable[Bool[np.ndarray, "h w"]]) -> list[Bool[np.ndarray, "h w"]]:
