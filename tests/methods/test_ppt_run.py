@@ -129,7 +129,7 @@ def test_other_sizes_for_studies(clip):
 
 def test_a_generator_of_these_sizes_reads_this_clip(clip, segmenter):
     ppt = Ppt(clip, segmenter, PointGenerator(replace(configure(clip), **SIZES)))
-    assert ppt.prompts(Image.new("RGB", (40, 20)), ["the red dog"]).points.shape == (1, 16, 9, 2)
+    assert ppt.prompts(Image.new("RGB", (40, 20)), ["the red dog"]).points.shape == (1, 16, 16, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- the data
@@ -304,7 +304,10 @@ def test_predictions_that_are_no_numbers(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 20}, r"of another recipe \(steps 1 instead of 3\); delete .*round 1 to start over, or name another"),
+        (
+            {"steps": 20},
+            r"of another recipe \(steps 2 instead of 5, warmup 0 instead of 1\); delete .*round 1 to start over, or name another",
+        ),
         ({"seed": 3}, r"of another recipe \(seed 0 instead of 300\)"),
     ],
 )
@@ -338,7 +341,7 @@ def test_the_card_of_a_run(trial, clip):
         (str(each.stage), " ∪ ".join(each.datasets), str(len(log)), f"{log[-1]['loss']:.2f}")
         for each, log in zip(FULL, logs, strict=True)
     ]
-    assert rows == expected and [row[2] for row in rows] == ["1", "3", "1", "1", "1", "1"]
+    assert rows == expected and [row[2] for row in rows] == ["2", "2", "1", "1", "1", "1"]
     text = sentences(card)
     numbers = sum(tensor.numel() for n, tensor in load_file(trial / "ppt.safetensors").items() if "whiten" not in n)
     assert f"{numbers / 1e6:.2f} million parameters" in text

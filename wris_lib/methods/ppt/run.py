@@ -26,14 +26,19 @@ from wris_lib.methods.ppt.weights import save_generator
 TOY_DATA = "toyref:train"
 
 
-def configure(clip: Clip, queries: int = 16, points: int = 9, anchored: bool = True) -> GeneratorConfig:
-    """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's."""
+def configure(clip: Clip, **sizes: int | bool) -> GeneratorConfig:
+    """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's.
+
+    Args:
+        clip: to be read.
+        sizes: of `GeneratorConfig`, where others are wanted than its own.
+    """
     stages = (*clip.stages[:2], "surgery")
     probe = torch.zeros(1, 3, clip.native_size, clip.native_size, device=clip.device)
     with torch.no_grad():
         channels = tuple(features.shape[1] for features in clip.patch_features(probe, stages))
         words = clip.word_features(["a"])[0].shape[-1]
-    return GeneratorConfig(stages, channels, words, queries=queries, points=points, anchored=anchored)
+    return GeneratorConfig(stages, channels, words, **sizes)
 
 
 def load_data(stack: str, clip: Clip, data: str = TOY_DATA, objects: Path | None = None) -> TrainingData:
