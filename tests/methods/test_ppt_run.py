@@ -306,7 +306,7 @@ def test_predictions_that_are_no_numbers(world, tmp_path, monkeypatch):
     [
         (
             {"steps": 20},
-            r"of another recipe \(steps 2 instead of 5, warmup 0 instead of 1\); delete .*round 1 to start over, or name another",
+            r"of another recipe \(steps 2 instead of 5, .*\); delete .*round 1 to start over, or name another",
         ),
         ({"seed": 3}, r"of another recipe \(seed 0 instead of 300\)"),
     ],
