@@ -114,7 +114,7 @@ def test_sizes_are_what_this_clip_gives(clip, tokenizer):
     config = configure(clip)
     assert config.stages == (1, 2, "surgery")  # of four blocks
     assert (config.visual_channels, config.word_channels) == ((24, 24, 20), 16)
-    assert (config.queries, config.points, config.anchored) == (16, 9, True)
+    assert (config.queries, config.points, config.anchored) == (16, 16, True)
     six = Clip(test_clip.tiny_model(layers=6), tokenizer, dense_size=32, device="cpu")
     assert configure(six).stages == (2, 4, "surgery")
 
