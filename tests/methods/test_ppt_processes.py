@@ -118,8 +118,12 @@ def test_two_processes_match_one(folder):
     ends = [torch.load(folder / name / "round 2" / "checkpoint.pt", weights_only=True) for name in ("one", "two")]
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, ends[0]["model"][name])
-        # Adam divides a gradient by its size: where it is nearly 0, rounding shows. A step is 0.01.
-        torch.testing.assert_close(ends[1]["model"][name], tensor, atol=1e-3, rtol=0)
+    # Adam divides a gradient by its size, so a weight whose gradient is nearly 0 can show rounding; all together do not.
+    first, alone, two = (
+        torch.cat([tensor.flatten() for tensor in weights.values()])
+        for weights in (tiny_generator().state_dict(), *(end["model"] for end in ends))
+    )
+    assert (two - alone).norm() < 0.01 * (alone - first).norm()
     losses = [[row["loss"] for row in end["log"]] for end in ends]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert not same_weights(one, tiny_generator())
