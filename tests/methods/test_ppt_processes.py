@@ -118,7 +118,7 @@ def test_two_processes_match_one(folder):
     ends = [torch.load(folder / name / "round 2" / "checkpoint.pt", weights_only=True) for name in ("one", "two")]
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, ends[0]["model"][name])
-    # Adam divides a gradient by its size, so a weight whose gradient is nearly 0 can show rounding; all together do not.
+    # Adam divides a gradient by its size: where it is nearly 0, a single weight shows rounding. All together do not.
     first, alone, two = (
         torch.cat([tensor.flatten() for tensor in weights.values()])
         for weights in (tiny_generator().state_dict(), *(end["model"] for end in ends))
