@@ -123,7 +123,7 @@ def test_two_processes_match_one(folder):
         torch.cat([tensor.flatten() for tensor in weights.values()])
         for weights in (tiny_generator().state_dict(), *(end["model"] for end in ends))
     )
-    assert (two - alone).norm() < 0.01 * (alone - first).norm()
+    assert (two - alone).norm() < 0.02 * (alone - first).norm()
     losses = [[row["loss"] for row in end["log"]] for end in ends]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert not same_weights(one, tiny_generator())
