@@ -16,6 +16,7 @@ from wris_lib.methods.ppt.loss import (
     LossWeights,
     Matches,
     PseudoLabels,
+    box_ious,
     mask_terms,
     match,
     matched_loss,
@@ -231,12 +232,35 @@ def test_share_of_positive_points_inside(hits):
     assert points_inside(edges, everywhere).tolist() == [[[0.0, 1.0]]]
 
 
-def test_all_that_hit_the_referent_can_count_as_right(hits):
-    prompts, labels = hits
-    prompts = replace(prompts, score_logits=torch.tensor([[0.3, -0.2, 0.9, -1.1]]))
-    matches = Matches(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([1, 0]))  # query 2 has the referent
+def corners(left: float, top: float, right: float, bottom: float) -> list[list[float]]:
+    return [[left, top], [right, top], [left, bottom], [right, bottom]]
+
+
+def test_overlap_of_the_boxes_around_points():
+    first = torch.tensor([[corners(0, 0, 0.4, 0.5), corners(0.3, 0.3, 0.3, 0.3)]])
+    second = torch.tensor([[corners(0.2, 0, 0.6, 0.5), corners(0, 0, 0.4, 0.25), corners(0.5, 0, 1, 1)]])
+    expected = torch.tensor([[[1 / 3, 1 / 2, 0], [0, 0, 0]]])
+    torch.testing.assert_close(box_ious(first, second), expected)
+
+
+def test_all_that_cover_the_referent_can_count_as_right():
+    """The referent is the left half of the image, and its points spread over it."""
+    queries = [
+        corners(0.05, 0.1, 0.45, 0.95),  # over it
+        corners(0.1, 0.1, 0.2, 0.2),  # on a part of it
+        corners(0.0, 0.0, 0.1, 0.1),  # on a part of it, but nobody else answers for it
+        corners(0.1, 0.1, 0.9, 0.9),  # over everything
+    ]
+    masks = torch.zeros(1, 2, 8, 8)
+    masks[0, 0, :, :4] = masks[0, 1, :, 4:] = 1.0
+    given = torch.tensor([[corners(0, 0, 0.5, 1), corners(0.5, 0, 1, 1)]])
+    labels = PseudoLabels(
+        given, torch.ones(1, 2, 4), torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool), masks
+    )
+    prompts = PointPrompts(torch.tensor([queries]), torch.ones(1, 4, 4), torch.tensor([[0.3, -0.2, 0.9, -1.1]]))
+    matches = Matches(torch.tensor([0, 0]), torch.tensor([3, 2]), torch.tensor([1, 0]))  # query 2 has the referent
     terms = pair_terms(prompts, labels, WEIGHTS)
-    for all_right, targets in ((False, [0, 0, 1, 0]), (True, [1, 0, 1, 1])):
+    for all_right, targets in ((False, [0, 0, 1, 0]), (True, [1, 0, 1, 0])):
         found = matched_loss(prompts, labels, terms, matches, WEIGHTS, all_right=all_right)
         expected = np.mean([entropy(c, t) for c, t in zip(prompts.score_logits[0], targets, strict=True)])
         assert found["score"].item() == pytest.approx(expected)

@@ -174,8 +174,9 @@ def matched_loss(
         weights: of the terms.
         mask_logits: SAM's masks of the matched queries, or of some. Without them there is neither "dice" nor "mask",
             unless `terms` have them.
-        all_right: the score to learn is also 1 for unmatched queries whose points hit the referent. Several anchored
-            queries lie on a large object, and each of them would make a good prompt.
+        all_right: the score to learn is also 1 for unmatched queries that would make as good a prompt: most of their
+            positive points hit the referent, and their points cover its box (IoU above 0.5). Several anchored queries
+            lie on a large object. Where hitting it was enough, prompts of a part of it were preferred.
         decoded: which of the pairs `mask_logits` are of; None: all.
 
     Returns:
@@ -189,7 +190,7 @@ def matched_loss(
         pairs[:2], labels.scores[matches.expression, matches.label]
     )
     if all_right:
-        hits = points_inside(prompts, labels) > 0.5
+        hits = (points_inside(prompts, labels) > 0.5) & (box_ious(prompts.points, labels.points) > 0.5)
         targets = torch.maximum(targets, (hits * labels.scores[:, None]).amax(dim=2))
     found = {name: term[pairs] for name, term in terms.items() if name != "score"}
     if mask_logits is not None:
@@ -218,6 +219,16 @@ def points_inside(prompts: PointPrompts, labels: PseudoLabels) -> Float[Tensor, 
     positive = (point_labels(prompts.label_logits) > 0)[:, None]
     share = (inside & positive).sum(-1) / positive.sum(-1)
     return (share * labels.present[..., None]).transpose(1, 2)
+
+
+@torch.no_grad()
+def box_ious(first: Float[Tensor, "E K M 2"], second: Float[Tensor, "E Y m 2"]) -> Float[Tensor, "E K Y"]:
+    """IoU of the boxes around sets of points: each of K with each of Y."""
+    (low, high), (other_low, other_high) = ((points.amin(2), points.amax(2)) for points in (first, second))
+    shared = torch.minimum(high[:, :, None], other_high[:, None]) - torch.maximum(low[:, :, None], other_low[:, None])
+    shared = shared.clamp(min=0).prod(-1)
+    areas = (high - low).prod(-1)[:, :, None] + (other_high - other_low).prod(-1)[:, None]
+    return shared / (areas - shared).clamp(min=1e-9)
 
 
 def _masks_of(labels: PseudoLabels) -> Float[Tensor, "E Y m m"]:

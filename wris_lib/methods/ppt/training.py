@@ -126,8 +126,9 @@ def start(config: GeneratorConfig, seed: int, data: TrainingData) -> PointGenera
 class Batches:
     """A share of a batch, as a pure function of its number: images, and some expressions of each.
 
-    An image is drawn in proportion to the expressions that it can give to a batch, so that all count alike. Into how
-    many shares a batch is cut does not change what is in it.
+    All images are drawn equally often, whatever the number of their expressions; so an expression counts like any
+    other, unless its image has more than fit in a batch. Into how many shares a batch is cut does not change what is in
+    it.
 
     Args:
         data: encoded.
@@ -152,14 +153,12 @@ class Batches:
         order = np.argsort(image, kind="stable")
         _, starts = np.unique(image[order], return_index=True)
         self.by_image = np.split(expressions[order], starts[1:])
-        given = np.minimum([len(group) for group in self.by_image], EXPRESSIONS_PER_IMAGE)
-        self.probability = given / given.sum()
 
     def __call__(self, number: int) -> dict[str, Any]:
         step, share = divmod(number, self.shares)
         rng = np.random.default_rng([self.seed, step])
         chosen = []
-        for image in rng.choice(len(self.by_image), IMAGES_PER_STEP, p=self.probability):
+        for image in rng.integers(len(self.by_image), size=IMAGES_PER_STEP):
             group = self.by_image[image]
             chosen.append(rng.choice(group, min(len(group), EXPRESSIONS_PER_IMAGE), replace=False))
         expressions = np.concatenate(chosen)
