@@ -104,8 +104,8 @@ def test_kill_minus_nine_in_the_middle_of_a_round(folder):
 
 
 def test_two_processes_match_one(folder):
-    """Each computes one of a batch's two shares, the one process all of it at once."""
-    one = work(folder, "one", ALONE)
+    """Each computes one of a batch's two shares; one process computes both, or the batch at once."""
+    alone, one = work(folder, "alone", ALONE), work(folder, "one", SHARED)
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
     launcher += ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
     call = "from accelerate import PartialState\nwork(folder, 'two', SHARED)\nassert PartialState().num_processes == 2"
@@ -118,12 +118,14 @@ def test_two_processes_match_one(folder):
     ends = [torch.load(folder / name / "round 2" / "checkpoint.pt", weights_only=True) for name in ("one", "two")]
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, ends[0]["model"][name])
-    # Adam divides a gradient by its size: where it is nearly 0, a single weight shows rounding. All together do not.
-    first, alone, two = (
-        torch.cat([tensor.flatten() for tensor in weights.values()])
-        for weights in (tiny_generator().state_dict(), *(end["model"] for end in ends))
+        torch.testing.assert_close(ends[1]["model"][name], tensor, atol=1e-5, rtol=1e-4)
+    # At once, sums have another order. Adam divides a gradient by its size: where it is nearly 0, a single weight shows
+    # rounding. All together do not.
+    first, whole, both = (
+        torch.cat([tensor.flatten() for tensor in generator.state_dict().values()])
+        for generator in (tiny_generator(), alone, one)
     )
-    assert (two - alone).norm() < 0.02 * (alone - first).norm()
+    assert (both - whole).norm() < 0.01 * (whole - first).norm()
     losses = [[row["loss"] for row in end["log"]] for end in ends]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert not same_weights(one, tiny_generator())
