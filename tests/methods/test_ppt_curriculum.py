@@ -119,7 +119,7 @@ def spy(monkeypatch):
 def test_a_round_sees_its_datasets_and_nothing_else(data, segmenter, tmp_path, spy, name):
     seen, asked = spy
     done = list(train(tiny_generator(), segmenter, data, CURRICULA[name], TRAINING, tmp_path))
-    of_h = data.of(["H_sem", "H_ref"])
+    of_ref = data.of(["H_ref"])
     for number, (each, result, (active, expressions, points, _)) in enumerate(
         zip(CURRICULA[name], done, seen, strict=True)
     ):
@@ -128,18 +128,18 @@ def test_a_round_sees_its_datasets_and_nothing_else(data, segmenter, tmp_path, s
         known = [e for e in data.of(each.datasets) if referents[e] != UNKNOWN]
         assert expressions.tolist() == known
         assert {DATASETS[d] for d in data.dataset[expressions]} == set(each.datasets)
-        others = np.setdiff1d(np.arange(len(referents)), of_h)
+        others = np.setdiff1d(np.arange(len(referents)), of_ref)
         assert np.array_equal(referents[others], data.labels.referent[others])
         assert np.array_equal(result.referents, referents)
         if "H_ref" not in each.datasets:
             assert np.array_equal(referents, data.labels.referent)
         elif number == 0:  # CLIP's choice
-            assert (referents[of_h] == 0).all()
+            assert (referents[of_ref] == 0).all()
         else:  # all but the fourth, in which nothing was found
-            assert (referents[of_h] != UNKNOWN).tolist() == [n != 3 for n in range(len(of_h))], number
+            assert (referents[of_ref] != UNKNOWN).tolist() == [n != 3 for n in range(len(of_ref))], number
     selects = ["H_ref" in each.datasets for each in CURRICULA[name][1:]]
     assert len(asked) == sum(selects)  # anew before every such round but the first
-    assert all(expressions.tolist() == of_h.tolist() for expressions in asked)
+    assert all(expressions.tolist() == of_ref.tolist() for expressions in asked)
     chosen = [result.referents.tolist() for result in done[1:] if "H_ref" in result.round.datasets]
     assert all(earlier != later for earlier, later in zip(chosen, chosen[1:], strict=False))
     assert len({seed for *_, seed in seen}) == len(seen)
@@ -150,7 +150,7 @@ def test_a_round_without_data(data, segmenter, tmp_path, monkeypatch):
     steps = train(tiny_generator(), segmenter, h_sem, (Round(1, ("D_sem", "D_ref"), 1.0),), TRAINING, tmp_path)
     with pytest.raises(WrisError, match="round 1 learns from D_sem, D_ref, but there is no expression with a referent"):
         next(steps)
-    nothing = np.full(len(data.of(["H_sem", "H_ref"])), UNKNOWN)
+    nothing = np.full(len(data.of(["H_ref"])), UNKNOWN)
     monkeypatch.setattr(curriculum, "select", lambda *arguments: nothing)
     monkeypatch.setattr(curriculum, "fit", lambda *arguments: [])
     rounds = (Round(1, ("D_sem",), 0.5), Round(2, ("H_ref",), 0.5))
@@ -323,7 +323,7 @@ def test_it_goes_on_when_it_is_asked_to(data, segmenter, straight, tmp_path):
 def test_a_selection_is_made_once_and_read_again(data, segmenter, straight, tmp_path, monkeypatch):
     path = tmp_path / "straight" / "round 2" / "referents.npy"
     generator, done = straight
-    assert np.load(path).tolist() == done[1].referents[data.of(["H_sem", "H_ref"])].tolist()
+    assert np.load(path).tolist() == done[1].referents[data.of(["H_ref"])].tolist()
     monkeypatch.setattr(curriculum, "select", None)
     again = tiny_generator()
     repeated = list(train(again, segmenter, data, ROUNDS, TRAINING, tmp_path / "straight"))
@@ -340,9 +340,9 @@ def test_what_is_selected_is_what_the_generator_then_predicts(data, segmenter, s
     """Selection happens with the weights behind the round before."""
     before = tiny_generator()
     list(train(before, segmenter, data, ROUNDS[:1], TRAINING, tmp_path / "first round"))
-    of_h = data.of(["H_sem", "H_ref"])
-    expected = select(before, segmenter, data, of_h)
-    assert straight[1][1].referents[of_h].tolist() == expected.tolist()
+    of_ref = data.of(["H_ref"])
+    expected = select(before, segmenter, data, of_ref)
+    assert straight[1][1].referents[of_ref].tolist() == expected.tolist()
 
 
 def test_a_file_in_the_way_of_a_selection(data, segmenter, small, tmp_path):

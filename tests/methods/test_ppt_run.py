@@ -366,7 +366,7 @@ def test_every_figure_of_the_card_is_this_runs(world, clip):
 
 def test_a_trials_card_does_not_pretend_to_be_the_usual_runs(trial):
     text = sentences((trial / "ppt.md").read_text())
-    assert "ppt_ablation.json" not in text  # which was made with other weights
+    assert "ppt.json" not in text  # which was made with other weights
     assert f"`python -m wris_lib train ppt --steps {STEPS}`" in text
 
 

@@ -44,7 +44,7 @@ from wris_lib.methods.ppt.labels import UNKNOWN, shrink
 from wris_lib.methods.ppt.loss import LossWeights
 from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
 from wris_lib.methods.ppt.run import TOY_DATA, configure, load_data
-from wris_lib.methods.ppt.training import H_REF, H_SEM, Batches, TrainingData, start, training_loss
+from wris_lib.methods.ppt.training import H_SEM, Batches, TrainingData, start, training_loss
 from wris_lib.report import RESULTS
 from wris_lib.train import move
 
@@ -258,9 +258,11 @@ def pseudo_labels(folder: Path = RESULTS) -> None:
     found: dict[str, list[float]] = {}
     for e, expression in enumerate(h.expressions):
         every = mask_ious(truth_of[paths[h.image[e]], expression], h.candidates(e))
-        name = "H_ref" if h.referent[e] == UNKNOWN else "H_sem"
-        found.setdefault(f"{name}: CLIP's choice", []).append(every[0])
-        found.setdefault(f"{name}: best candidate", []).append(every.max())
+        if h.referent[e] != UNKNOWN:
+            found.setdefault("H_sem: the only candidate", []).append(every[0])
+        else:
+            found.setdefault("H_ref: CLIP's choice", []).append(every[0])
+            found.setdefault("H_ref: best candidate", []).append(every.max())
     # The paper's way, for comparison: of each noun phrase CLIP + SAM's one answer.
     method, parser = ClipSam(clip, segmenter), load_parser("toy")
     for path in paths[:: max(1, len(paths) // PAPERS_WAY)]:
@@ -271,8 +273,8 @@ def pseudo_labels(folder: Path = RESULTS) -> None:
         masks = {phrase: shrink(answer.mask, h.side) for phrase, answer in zip(phrases, answers, strict=True)}
         for expression, some in zip(expressions, named, strict=True):
             best = mask_ious(truth_of[path, expression], np.stack([masks[phrase] for phrase in some])).max()
-            name = "H_sem" if len(some) == 1 else "H_ref"
-            found.setdefault(f"{name}: best of one candidate a phrase", []).append(best)
+            name = "the answer to the only noun phrase" if len(some) == 1 else "the best answer to a noun phrase"
+            found.setdefault(f"paper's way: {name}", []).append(best)
     rows += [_quality(name, ious) for name, ious in sorted(found.items())]
     _write(folder / "ppt_pseudolabels.json", "train ppt --pseudo-labels", [0], rows)
 
@@ -319,13 +321,15 @@ def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
     unique, word = np.unique(h.labels.expressions, return_inverse=True)
     encoders = clip_patches(clip, config.stages), sam_embeddings(segmenter), clip_words(clip)
     rows = h.images, h.images, texts(unique.tolist())
-    dataset = np.where(h.labels.referent == UNKNOWN, H_REF, H_SEM)
+    labels = h.labels.with_referents(np.zeros_like(h.labels.referent))  # any: an epoch is to be as long as all of H
     seconds, generator = {}, None
     for kind in ("cached", "computed anew"):
         make = open_features if kind == "cached" else _Live
         patches, embeddings, words = (make(*pair) for pair in zip(encoders, rows, strict=True))
         joined = JoinedStores([patches]), JoinedStores([embeddings])
-        encoded = TrainingData(h.labels, dataset, *joined, words, word, clip.text_features([""])[0].cpu())
+        encoded = TrainingData(
+            labels, np.full(len(word), H_SEM), *joined, words, word, clip.text_features([""])[0].cpu()
+        )
         generator = generator or start(config, 0, encoded)
         seconds[kind] = _seconds_an_expression(encoded, generator, segmenter, steps)
     results = [

@@ -6,10 +6,9 @@
 | 2 RIS learning | (a) + D_ref, (b) + H_ref | which of several objects is meant |
 | 3 domain refinement | H_sem ∪ H_ref | scenes and sentences as they are |
 
-An expression of H has several candidates, and nobody has said which of them is the referent. Before every round that
-learns from H_ref, `select` lets the generator trained so far decide, and what it decides is what it learns from next.
-Until then CLIP's choice counts, the first candidate: for H_sem in the rounds before, and where H_ref is there from the
-beginning, for H_ref too.
+An expression of H_ref has several candidates, and nobody has said which of them is the referent. Before every round
+that learns from H_ref, `select` lets the generator trained so far decide, and what it decides is what it learns from
+next. Where H_ref is there from the beginning, CLIP's choice counts in the first round: the first candidate.
 
 Source: Dai and Yang, CVPR 2024, §3.3: 50 epochs, 10 / 30 / 10 for the three stages. Here a round is counted in steps.
 """
@@ -117,8 +116,8 @@ class Done:
     Attributes:
         round: which.
         log: one dict a step, see `train.fit`.
-        referents: of every expression of the data, those of H as selected; UNKNOWN where there is none, as of H_ref
-            before the first selection, or when none of the candidates overlaps the prediction.
+        referents: of every expression of the data, those of H_ref as selected; UNKNOWN where there is none, as before
+            the first selection, or when none of the candidates overlaps the prediction.
     """
 
     round: Round
@@ -157,9 +156,9 @@ def train(
         place = Path(folder) / f"round {number + 1}"
         active = data
         if "H_ref" in this.datasets:
-            referent, of_h = data.labels.referent.copy(), data.of(("H_sem", "H_ref"))
+            referent, of_ref = data.labels.referent.copy(), data.of(("H_ref",))
             path = place / "referents.npy"
-            referent[of_h] = _selected(path, generator, segmenter, data, of_h, device) if number else CLIPS_CHOICE
+            referent[of_ref] = _selected(path, generator, segmenter, data, of_ref, device) if number else CLIPS_CHOICE
             active = data.with_referents(referent)
         expressions = active.of(this.datasets)
         expressions = expressions[active.labels.referent[expressions] != UNKNOWN]

@@ -7,8 +7,8 @@ picture that mask is mostly right; in a scene it is often not. From such answers
 |---|---|---|---|---|
 | D_sem | object-centric | "the [class] in the middle" | its object | known |
 | D_ref | composed of those (`compose`) | made with the scene | all its objects | known |
-| H_sem | scene | as people wrote it, with one noun phrase | objects that it may name | CLIP's choice, the first |
-| H_ref | scene | as people wrote it, with several | objects that they may name | to be selected |
+| H_sem | scene | as people wrote it; CLIP can choose | objects that its nouns may name | CLIP's choice, the first |
+| H_ref | scene | as people wrote it; CLIP cannot | objects that its nouns may name | to be selected |
 
 `Select` (`curriculum`) chooses H's referents with the generator trained so far.
 """

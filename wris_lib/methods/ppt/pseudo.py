@@ -163,9 +163,10 @@ def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression
     `ClipSam.find_all`), and it is for `Select` to find the referent among them. In samples of ToyRef train it was there
     in 79 of 100 expressions; in the paper's way in 37 (`train ppt --pseudo-labels` measures both on more).
 
-    The first candidate is CLIP's choice. With a single noun phrase it counts as the referent until something better is
-    known (H_sem); with several the referent is UNKNOWN (H_ref). "The left" is a noun phrase, too, but there is nothing
-    of that name to be found; such phrases do not count.
+    H_sem are expressions that leave no choice, having one candidate, and those whose choice CLIP can make: they have
+    one noun phrase and no word of place, and the first candidate, CLIP's choice, is taken for the referent. With all
+    others the referent is UNKNOWN (H_ref). CLIP does not know left from right, and would teach to ignore them. "The
+    left" is a noun phrase, too, but there is nothing of that name to be found; such phrases do not count.
 
     Args:
         method: CLIP + SAM.
@@ -189,7 +190,8 @@ def from_expressions(method: ClipSam, parser: Parser, items: Iterable[Expression
             nothing += sum(not objects[phrase] for phrase in named)
             masks = _distinct([mask for phrase in named for mask in objects[phrase]])
             if masks:
-                collector.add(expression, row, np.stack(masks), 0 if len(named) == 1 else UNKNOWN)
+                known = len(masks) == 1 or (len(named) == 1 and not tells_a_place(expression))
+                collector.add(expression, row, np.stack(masks), 0 if known else UNKNOWN)
     return LabelledImages(image_files(list(by_image)), collector.finish(), {"phrases found nowhere": nothing})
 
 
@@ -214,6 +216,11 @@ def things(parse: Parse) -> list[str]:
     """An expression's noun phrases, without those that name a place, unless there is nothing else."""
     phrases = list(dict.fromkeys(parse.noun_phrases))
     return [phrase for phrase in phrases if not names_a_place(phrase)] or phrases
+
+
+def tells_a_place(expression: str) -> bool:
+    """Whether an expression says where in the picture something is: "the left dog", "dog in the corner"."""
+    return not PLACES.isdisjoint(expression.lower().split())
 
 
 def names_a_place(phrase: str) -> bool:

@@ -164,7 +164,7 @@ def model_card(
         f"| {each.round.stage} | {' ∪ '.join(each.round.datasets)} | {len(each.log)} | {each.log[-1]['loss']:.2f} |"
         for each in done
     )
-    figures = f"\n**Figures.** In `results/ppt_ablation.json`, row 5, seed {training.seed}.\n" if usual else ""
+    figures = "\n**Figures.** In `results/ppt.json`.\n" if usual else ""
     return f"""# PPT's point generator
 
 {generator.trainable_parameters / 1e6:.2f} million parameters, all trained; CLIP and SAM stay frozen.
