@@ -19,6 +19,7 @@ from wris_lib.methods.ppt import curriculum, training
 from wris_lib.methods.ppt.curriculum import CURRICULA, FULL, Done, Round, Training, mask_ious, predict, select, train
 from wris_lib.methods.ppt.labels import UNKNOWN
 from wris_lib.methods.ppt.training import DATASETS
+from wris_lib.methods.ppt.vision import visual_features
 
 tokenizer, clip = test_clip.tokenizer, test_ppt_training.clip
 segmenter, data = test_ppt_training.segmenter, test_ppt_training.data
@@ -218,7 +219,7 @@ def test_predictions_are_the_masks_of_the_best_prompts(data, clip, segmenter):
     for e, mask in zip(expressions.tolist(), masks, strict=True):
         image = IMAGES[data.labels.image[e]]
         words, there = clip.word_features([TEXTS[e]])
-        visual = clip.patch_features(clip.preprocess(image)[None], CONFIG.stages)
+        visual = visual_features(clip, CONFIG, [image])
         with torch.no_grad():
             direction = clip.text_features([TEXTS[e]]) - clip.text_features([""])
             prompts = generator(visual, words, there, torch.tensor([0]), direction)

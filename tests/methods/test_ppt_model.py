@@ -81,6 +81,33 @@ def slow_tokens(features: Tensor, whitening: Whitening) -> Tensor:
     return torch.stack(rows)
 
 
+def slow_sample(image: Tensor, point: Tensor) -> Tensor:
+    """The value at (x, y) of an image of 2 rows and 4 columns, h·w c, between its four nearest cells."""
+    column = (point[0].item() * 4 - 0.5, 3)
+    row = (point[1].item() * 2 - 0.5, 1)
+    (left, x), (top, y) = ((min(int(max(p, 0)), last - 1), p) for p, last in (column, row))
+    x, y = (min(max(p - low, 0), 1) for p, low in ((x, left), (y, top)))
+    corners = {(0, 0): (1 - x) * (1 - y), (1, 0): x * (1 - y), (0, 1): (1 - x) * y, (1, 1): x * y}
+    return sum(weight * image[4 * (top + b) + left + a] for (a, b), weight in corners.items())
+
+
+def slow_review(model: PointGenerator, queries: Tensor, images: list[Tensor], points: Tensor, r: Tensor, words: Tensor):
+    """Q of `Review`, a query and a point at a time."""
+    review, rows = model.review, []
+    for query, places, labels in zip(queries, points, r, strict=True):
+        weights = labels.sigmoid() / labels.sigmoid().sum()
+        pairs = list(zip(review.see, images, strict=True))
+        seen = sum(w * sum(see(slow_sample(i, p)) for see, i in pairs) for w, p in zip(weights, places, strict=True))
+        low, high = places.min(dim=0).values, places.max(dim=0).values
+        where = [slow_positions(np.array([each.tolist()]))[0] for each in ((low + high) / 2, high - low)]
+        rows.append(review.take_norm(query + review.take(seen) + review.place(torch.cat(where))))
+    scale, shift = review.film(words[-1]).chunk(2)
+    queries = torch.stack(rows) * (1 + scale) + shift
+    queries = review.read_norm(queries + slow_attention(review.read, queries, words))
+    queries = review.compare_norm(queries + slow_attention(review.compare, queries, queries))
+    return review.feedforward_norm(queries + review.feedforward(queries))
+
+
 def slow_generator(
     model: PointGenerator, visual: list[Tensor], words: Tensor, direction: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,9 +125,10 @@ def slow_generator(
         pooled = torch.stack([torch.stack([cell.max(), cell.mean()]) for cell in cells])  # K 2
         pooled = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-5).sqrt()
         queries = queries + model.embed_similarity(pooled)
-    words = (words - model.whiten_words.mean) @ model.whiten_words.matrix
+    words, images = (words - model.whiten_words.mean) @ model.whiten_words.matrix, []
     for n, (features, stage) in enumerate(zip(visual, model.stages, strict=True)):
         fusion, image = stage.fusion, slow_tokens(features, model.whiten_visual[n])
+        images.append(image[:, : len(features)])  # without positions
         v, t = fusion.visual_in(image), fusion.words_in(words)
         if n > 0:
             v, t = fusion.visual_norm(v + last_v), fusion.words_norm(t + last_t)  # noqa: F821
@@ -129,7 +157,10 @@ def slow_generator(
     if config.anchored:
         logit = torch.from_numpy(np.log(anchors / (1 - anchors))).float()
         x, y = x + logit[:, :1], y + logit[:, 1:]
-    return torch.stack([x, y], dim=-1).sigmoid(), r, model.score_head(queries)[:, 0]
+    points = torch.stack([x, y], dim=-1).sigmoid()
+    if config.anchored:
+        queries = slow_review(model, queries, images, points, r, words)
+    return points, r, model.score_head(queries)[:, 0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -214,8 +245,16 @@ def test_positions_tell_all_cells_of_a_fine_grid_apart():
 def test_samples_are_bilinear_and_constant_beyond_the_outermost_centres():
     maps = torch.stack([cell_centres(4, 8)[:, 0].view(4, 8), cell_centres(4, 8)[:, 1].view(4, 8)])[None]
     points = torch.tensor([[0.3, 0.4], [0.71, 0.55], [0.0, 1.0]])
-    sampled = sample_at(maps, points)
+    sampled = sample_at(maps, points[None])
     torch.testing.assert_close(sampled[0], torch.tensor([[0.3, 0.4], [0.71, 0.55], [1 / 16, 7 / 8]]))
+
+
+def test_points_learn_nothing_from_the_review():
+    model = tiny(anchored=True)
+    prompts = model(*inputs([0], [3]))
+    prompts.score_logits[0, 0].backward()
+    assert all(parameter.grad is None for parameter in model.point_head.parameters())
+    assert model.review.place.weight.grad.any()
 
 
 def test_anchored_points_start_at_their_anchors():

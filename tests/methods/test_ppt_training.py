@@ -20,6 +20,7 @@ from wris_lib.methods.ppt.loss import LossWeights
 from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
 from wris_lib.methods.ppt.pseudo import LabelledImages
 from wris_lib.methods.ppt.training import DATASETS, Batches, TrainingData, encode, start, training_loss
+from wris_lib.methods.ppt.vision import visual_features
 
 tokenizer = test_clip.tokenizer
 
@@ -150,8 +151,8 @@ def test_inputs_are_those_of_direct_encoding(data, clip):
     assert set(inputs) == {"visual", "words", "mask", "image", "directions"}
     used = [0, 1, 5]  # each image once
     assert [used[image] for image in inputs["image"]] == data.labels.image[chosen].tolist()
-    pixels = torch.stack([clip.preprocess(IMAGES[row]) for row in used])
-    for found, direct in zip(inputs["visual"], clip.patch_features(pixels, CONFIG.stages), strict=True):
+    seen = visual_features(clip, CONFIG, [IMAGES[row] for row in used])
+    for found, direct in zip(inputs["visual"], seen, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, direct, **HALF)
     words, mask = clip.word_features([TEXTS[e] for e in chosen])

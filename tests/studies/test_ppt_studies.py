@@ -97,6 +97,7 @@ SIZES = {
     "queries": 9,
     "points": 4,
     "anchored": False,
+    "zoom": 3,
     "fuse_vision": True,
     "fusion_width": 16,
     "fusion_heads": 4,

@@ -28,7 +28,7 @@ from wris_lib.ablation_figure import FULL
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.clip import load_clip
 from wris_lib.backbones.feature_store import Encoder, FeatureStore, JoinedStores, Rows, open_features
-from wris_lib.backbones.features import clip_patches, clip_words, sam_embeddings, texts
+from wris_lib.backbones.features import clip_words, sam_embeddings, texts
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.sam import Segmenter, load_sam
 from wris_lib.data import toyworld
@@ -45,6 +45,7 @@ from wris_lib.methods.ppt.loss import LossWeights
 from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
 from wris_lib.methods.ppt.run import TOY_DATA, configure, load_data
 from wris_lib.methods.ppt.training import H_SEM, Batches, TrainingData, start, training_loss
+from wris_lib.methods.ppt.vision import visual_encoder
 from wris_lib.report import RESULTS
 from wris_lib.train import move
 
@@ -319,7 +320,7 @@ def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
     clip, segmenter = load_clip("toy"), load_sam("toy")
     config, h = configure(clip), datasets.candidates("toy", clip, segmenter, data.load_training(TOY_DATA).items)
     unique, word = np.unique(h.labels.expressions, return_inverse=True)
-    encoders = clip_patches(clip, config.stages), sam_embeddings(segmenter), clip_words(clip)
+    encoders = visual_encoder(clip, config), sam_embeddings(segmenter), clip_words(clip)
     rows = h.images, h.images, texts(unique.tolist())
     labels = h.labels.with_referents(np.zeros_like(h.labels.referent))  # any: an epoch is to be as long as all of H
     seconds, generator = {}, None

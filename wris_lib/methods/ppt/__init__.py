@@ -21,6 +21,7 @@ from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, load_sam
 from wris_lib.methods import Method, Prediction, Stage
 from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, point_labels, prompt_sam
+from wris_lib.methods.ppt.vision import visual_features
 from wris_lib.methods.ppt.weights import find_weights, load_generator
 
 SHOWN = 4  # prompts, those with the highest scores, of which SAM makes masks; the others hardly count
@@ -64,11 +65,11 @@ class Ppt(Method):
     @torch.no_grad()
     def prompts(self, image: Image.Image, expressions: list[str]) -> PointPrompts:
         """What the generator proposes: K prompts for each of E expressions."""
-        visual = self.clip.patch_features(self.clip.preprocess(image)[None], self.generator.config.stages)
+        visual = visual_features(self.clip, self.generator.config, [image])
         words, mask = self.clip.word_features(expressions)
         about = torch.zeros(len(expressions), dtype=torch.int64, device=words.device)
         directions = self.clip.directions(expressions)
-        return self.generator([features.float() for features in visual], words.float(), mask, about, directions.float())
+        return self.generator(visual, words.float(), mask, about, directions.float())
 
     def masks(self, embedded: SamImage, prompts: PointPrompts) -> SamMasks:
         """SAM's answers to the prompts of one expression, K in one batch."""

@@ -5,7 +5,8 @@
     expression  --CLIP-->  words T ─┘                     └ ScoreHead ─> c: which of the K is meant
 
 A query stands for one thing in the image. Each of the N = 3 stages lets image and words look at each other (`Fusion`),
-and then lets the queries look at both (`Stage`). Only this generator is trained; CLIP and SAM stay frozen.
+and then lets the queries look at both (`Stage`). Anchored queries look once more at where they point, before they are
+scored (`Review`). Only this generator is trained; CLIP and SAM stay frozen.
 
 Source: Dai and Yang, "Curriculum Point Prompting for Weakly-Supervised Referring Image Segmentation", CVPR 2024.
 Its fusion is that of ETRIS (Xu et al., ICCV 2023). The paper leaves widths, K and M open: `GeneratorConfig`.
@@ -44,8 +45,10 @@ class GeneratorConfig:
         anchored: queries start on a grid over the image, learn offsets from there, and are told what CLIP sees at
             their place, and how like the sentence Surgery's map is there; they look at what is near first, each head as
             far as it learns to (SMCA, Gao et al. 2021); the sentence scales and shifts their channels (FiLM, Perez et
-            al. 2018); and they see one another, for "the man on the left" is a question about several men. False: the
-            paper's queries, free vectors that know of a place only what training put into them.
+            al. 2018); they see one another, for "the man on the left" is a question about several men; and before
+            they are scored they look at what lies under their points. False: the paper's queries, free vectors that
+            know of a place only what training put into them.
+        zoom: how many times as large as usual CLIP sees the image, see `vision.visual_features`.
         fuse_vision: words change what queries see of the image, as in the paper. False: the image changes the words
             only; then expressions of an image share its keys and values, and training is about 3 times as fast.
         fusion_width: channels inside `Fusion`; 64 in the paper.
@@ -64,6 +67,7 @@ class GeneratorConfig:
     queries: int = 16
     points: int = 16
     anchored: bool = True
+    zoom: int = 1
     fuse_vision: bool = False
     fusion_width: int = 64
     fusion_heads: int = 8
@@ -245,11 +249,7 @@ class Stage(nn.Module):
             queries = queries + self.local(local).index_select(0, groups.image)
         queries = self.look_norm(queries + self._look(queries, visual, change, distances, groups))
         if self.anchored:
-            # CLIP's last token has read the whole sentence.
-            last = mask.int().cumsum(dim=1).argmax(dim=1)
-            sentence = words[torch.arange(len(words), device=words.device), last]
-            scale, shift = self.film(sentence)[:, None].chunk(2, dim=-1)
-            queries = queries * (1 + scale) + shift
+            queries = modulate(queries, self.film, words, mask)
         queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
         if self.anchored:
             queries = self.compare_norm(queries + self.compare(queries, self.compare.memory(queries)))
@@ -277,6 +277,76 @@ class Stage(nn.Module):
         back, memory = self.fusion.visual_out, self.look.memory
         change = F.linear(change, memory.weight @ back.weight, memory.weight @ back.bias)
         return self.look(queries, keys_values.index_select(0, groups.image) + change, bias=nearness)
+
+
+def modulate(
+    queries: Float[Tensor, "E K d"], film: nn.Linear, words: Float[Tensor, "E l t"], mask: Bool[Tensor, "E l"]
+) -> Float[Tensor, "E K d"]:
+    """Scale and shift the queries' channels by what the last token says: it has read the whole sentence (FiLM)."""
+    last = mask.int().cumsum(dim=1).argmax(dim=1)
+    sentence = words[torch.arange(len(words), device=words.device), last]
+    scale, shift = film(sentence)[:, None].chunk(2, dim=-1)
+    return queries * (1 + scale) + shift
+
+
+class Review(nn.Module):
+    """A last look of anchored queries, at what they point at: is this what is meant?
+
+    A query comes from an anchor, and what it has seen around there is a mixture. Its points say where the thing is: so
+    the image is read there, at positive points above all; and where they lie and how far they reach says more of *left*
+    and *above* than the anchor does. The points themselves learn nothing from this.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.see = nn.ModuleList(nn.Linear(channels, width) for channels in config.visual_channels)
+        self.take = nn.Sequential(nn.ReLU(), nn.Linear(width, width))
+        self.place = nn.Linear(2 * POSITION_CHANNELS, width)
+        self.film = nn.Linear(config.word_channels, 2 * width)
+        self.read = Attention(width, config.word_channels, config.heads)
+        self.compare = Attention(width, width, config.heads)
+        self.feedforward = _mlp(width, config.feedforward, width)
+        self.take_norm, self.read_norm, self.compare_norm, self.feedforward_norm = (
+            nn.LayerNorm(width) for _ in range(4)
+        )
+
+    def forward(
+        self,
+        queries: Float[Tensor, "E K d"],
+        maps: Sequence[Float[Tensor, "B _ h w"]],
+        points: Float[Tensor, "E K M 2"],
+        label_logits: Float[Tensor, "E K M"],
+        words: Float[Tensor, "E l t"],
+        mask: Bool[Tensor, "E l"],
+        groups: Groups,
+    ) -> Float[Tensor, "E K d"]:
+        """The queries, ready to be scored.
+
+        Args:
+            queries: Q.
+            maps: of each stage what CLIP sees, whitened.
+            points: of the queries.
+            label_logits: of the points.
+            words: T.
+            mask: True at words, False at padding.
+            groups: which queries belong to which image.
+        """
+        points, positive = points.detach(), label_logits.detach().sigmoid()
+        places, seen = groups.pack(points.flatten(1, 2)), 0
+        for stage, see in zip(maps, self.see, strict=True):
+            # Projected first: that is linear, like looking between cells, and there are fewer cells than points.
+            projected = see(stage.flatten(2).transpose(1, 2)).to(places.dtype).transpose(1, 2)
+            seen = seen + sample_at(projected.unflatten(2, stage.shape[-2:]), places)
+        seen = groups.unpack(seen).unflatten(1, points.shape[1:3])  # E K M d
+        seen = (seen * (positive / positive.sum(dim=-1, keepdim=True))[..., None]).sum(dim=2)
+        low, high = points.amin(dim=2), points.amax(dim=2)
+        where = torch.cat([encode_positions((low + high) / 2), encode_positions(high - low)], dim=-1)
+        queries = self.take_norm(queries + self.take(seen) + self.place(where))
+        queries = modulate(queries, self.film, words, mask)
+        queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
+        queries = self.compare_norm(queries + self.compare(queries, self.compare.memory(queries)))
+        return self.feedforward_norm(queries + self.feedforward(queries))
 
 
 class Whitening(nn.Module):
@@ -333,6 +403,7 @@ class PointGenerator(nn.Module):
             self.register_buffer("anchors", cell_centres(side, side), persistent=False)
             self.embed_anchors = _mlp(POSITION_CHANNELS, width, width)
             self.embed_similarity = nn.Linear(2, width)
+            self.review = Review(config)
         else:
             self.queries = nn.Parameter(torch.randn(config.queries, width))
         self.point_head = _mlp(width, width, width, 3 * config.points)
@@ -362,7 +433,7 @@ class PointGenerator(nn.Module):
         """
         groups = Groups(image, len(visual[0]))
         words = self.whiten_words(words)
-        earlier, local, distances = None, None, None
+        earlier, local, distances, maps = None, None, None, []
         start = self.embed_anchors(encode_positions(self.anchors)) if self.config.anchored else self.queries
         queries = start.expand(len(words), -1, -1)
         if self.config.anchored:
@@ -371,17 +442,22 @@ class PointGenerator(nn.Module):
         for features, whiten, stage in zip(visual, self.whiten_visual, self.stages, strict=True):
             centres = cell_centres(*features.shape[-2:]).to(features)
             tokens = whiten(visual_tokens(features))
+            maps.append(tokens.transpose(1, 2).unflatten(2, features.shape[-2:]))
             tokens = torch.cat([tokens, encode_positions(centres).expand(len(tokens), -1, -1)], dim=-1)
             if self.config.anchored:
-                local = sample_at(tokens.transpose(1, 2).unflatten(2, features.shape[-2:]), self.anchors)
+                here = self.anchors.expand(len(tokens), -1, -1)
+                local = sample_at(tokens.transpose(1, 2).unflatten(2, features.shape[-2:]), here)
                 distances = torch.cdist(self.anchors, centres)
             queries, earlier = stage(queries, tokens, local, distances, words, mask, groups, earlier)
         # Half precision, where a caller trains in it, would round a place to a 256th of the image.
         raw = self.point_head(queries).unflatten(-1, (-1, 3)).float()
-        places = raw[..., :2]
+        places, label_logits = raw[..., :2], raw[..., 2]
         if self.config.anchored:
             places = places + self.anchors.logit()[:, None]
-        return PointPrompts(places.sigmoid(), raw[..., 2], self.score_head(queries)[..., 0].float())
+        points = places.sigmoid()
+        if self.config.anchored:
+            queries = self.review(queries, maps, points, label_logits, words, mask, groups)
+        return PointPrompts(points, label_logits, self.score_head(queries)[..., 0].float())
 
 
 # The paper counts 20.7 million trainable parameters; these are 20.4. It gives N, and d = 64 and 8 heads of the fusion.
@@ -420,16 +496,16 @@ def cell_centres(rows: int, columns: int) -> Float[Tensor, "n 2"]:
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
-def encode_positions(points: Float[Tensor, "n 2"]) -> Float[Tensor, "n p"]:
+def encode_positions(points: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b p"]:
     """Sines and cosines of (x, y) in 0..1, from half a wave to 16 waves across the image."""
     waves = math.pi * 2 ** torch.linspace(0, 5, POSITION_CHANNELS // 4, device=points.device)
-    angles = (points[..., None] * waves).flatten(1)
+    angles = (points[..., None] * waves).flatten(-2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def sample_at(maps: Float[Tensor, "B c h w"], points: Float[Tensor, "n 2"]) -> Float[Tensor, "B n c"]:
+def sample_at(maps: Float[Tensor, "B c h w"], points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n c"]:
     """The values of maps at points (x, y) in 0..1, bilinear between the cells' centres, constant at the border."""
-    places = (2 * points - 1).expand(len(maps), 1, -1, -1)
+    places = (2 * points - 1)[:, None]
     return F.grid_sample(maps, places, padding_mode="border", align_corners=False)[:, :, 0].transpose(1, 2)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shlex
 from dataclasses import replace
 from datetime import date
@@ -29,6 +30,8 @@ TOY_DATA = "toyref:train"
 def configure(clip: Clip, **sizes: int | bool) -> GeneratorConfig:
     """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's.
 
+    It sees images at least twice as large as those that CLIP was trained with (see `vision`).
+
     Args:
         clip: to be read.
         sizes: of `GeneratorConfig`, where others are wanted than its own.
@@ -38,7 +41,8 @@ def configure(clip: Clip, **sizes: int | bool) -> GeneratorConfig:
     with torch.no_grad():
         channels = tuple(features.shape[1] for features in clip.patch_features(probe, stages))
         words = clip.word_features(["a"])[0].shape[-1]
-    return GeneratorConfig(stages, channels, words, **sizes)
+    zoom = math.ceil(2 * clip.native_size / clip.dense_size)
+    return GeneratorConfig(stages, channels, words, **{"zoom": zoom} | sizes)
 
 
 def load_data(stack: str, clip: Clip, data: str = TOY_DATA, objects: Path | None = None) -> TrainingData:

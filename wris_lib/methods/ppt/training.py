@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.feature_store import FeatureStore, JoinedStores, open_features
-from wris_lib.backbones.features import clip_patches, clip_words, sam_embeddings, texts
+from wris_lib.backbones.features import clip_words, sam_embeddings, texts
 from wris_lib.backbones.sam import Segmenter
 from wris_lib.errors import WrisError
 from wris_lib.methods.ppt.labels import UNKNOWN, LabelledExpressions, join
@@ -23,6 +23,7 @@ from wris_lib.methods.ppt.loss import LossWeights, PseudoLabels, match, matched_
 from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator, visual_tokens
 from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, prompt_sam
 from wris_lib.methods.ppt.pseudo import LabelledImages
+from wris_lib.methods.ppt.vision import visual_encoder
 
 DATASETS = ("H_sem", "H_ref", "D_sem", "D_ref")
 H_SEM, H_REF, D_SEM, D_REF = range(4)
@@ -40,7 +41,7 @@ class TrainingData:
     Attributes:
         labels: `labels.image` numbers the rows of `patches` and `embeddings`.
         dataset: of each expression, a number in `DATASETS`.
-        patches: of `clip_patches`.
+        patches: of `visual_encoder`.
         embeddings: of `sam_embeddings`.
         words: of `clip_words`.
         word: of each expression its row in `words`.
@@ -102,7 +103,7 @@ def encode(
     return TrainingData(
         labels,
         dataset,
-        JoinedStores([open_features(clip_patches(clip, config.stages), part.images) for part in parts]),
+        JoinedStores([open_features(visual_encoder(clip, config), part.images) for part in parts]),
         JoinedStores([open_features(sam_embeddings(segmenter), part.images) for part in parts]),
         open_features(clip_words(clip), texts(unique.tolist())),
         word,
