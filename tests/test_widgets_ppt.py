@@ -12,7 +12,8 @@ from wris_lib.backbones.clip import load_clip
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam, load_sam
 from wris_lib.errors import WrisError
 from wris_lib.methods.ppt import Ppt
-from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
+from wris_lib.methods.ppt.config import GeneratorConfig
+from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.prompts import PointPrompts
 from wris_lib.widgets_ppt import PromptLab
 

@@ -14,16 +14,9 @@ from tests.backbones.test_paper_stack import noise
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam, decode_prompts
 from wris_lib.errors import WrisError
-from wris_lib.methods.ppt.model import (
-    PAPER,
-    GeneratorConfig,
-    Groups,
-    PointGenerator,
-    Whitening,
-    cell_centres,
-    encode_positions,
-    sample_at,
-)
+from wris_lib.methods.ppt.config import PAPER, GeneratorConfig
+from wris_lib.methods.ppt.layers import Groups, Whitening, cell_centres, encode_positions, sample_at
+from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, point_labels, prompt_sam
 
 VARIANTS = [{"anchored": anchored, "fuse_vision": fuse} for anchored in (True, False) for fuse in (True, False)]

@@ -15,9 +15,10 @@ from wris_lib.backbones.feature_store import Rows
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam
 from wris_lib.errors import WrisError
 from wris_lib.methods.ppt import training
+from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.labels import UNKNOWN, Collector
 from wris_lib.methods.ppt.loss import LossWeights
-from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
+from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.pseudo import LabelledImages
 from wris_lib.methods.ppt.training import DATASETS, Batches, TrainingData, encode, start, training_loss
 from wris_lib.methods.ppt.vision import visual_features

@@ -10,7 +10,7 @@ from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.feature_store import open_features
 from wris_lib.backbones.features import clip_patches, image_files
 from wris_lib.methods.ppt import vision
-from wris_lib.methods.ppt.model import GeneratorConfig
+from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.vision import visual_encoder, visual_features
 
 STAGES = (1, 3, "surgery")

@@ -23,10 +23,10 @@ from wris_lib.data.objects import ObjectImage
 from wris_lib.files import sha256, write_json
 from wris_lib.methods.ppt import pseudo, training
 from wris_lib.methods.ppt.compose import ObjectPicture
+from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.curriculum import CURRICULA, Round, Training
 from wris_lib.methods.ppt.labels import UNKNOWN, Collector
 from wris_lib.methods.ppt.loss import LossWeights
-from wris_lib.methods.ppt.model import GeneratorConfig
 from wris_lib.methods.ppt.pseudo import LabelledImages
 from wris_lib.methods.ppt.training import Batches, training_loss
 from wris_lib.studies import ppt as studies

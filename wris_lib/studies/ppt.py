@@ -39,10 +39,11 @@ from wris_lib.files import cache_dir, sha256, write_json
 from wris_lib.methods import ppt
 from wris_lib.methods.clip_sam import ClipSam
 from wris_lib.methods.ppt import Ppt, datasets, pseudo
+from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.curriculum import CURRICULA, Training, mask_ious, train
 from wris_lib.methods.ppt.labels import UNKNOWN, shrink
 from wris_lib.methods.ppt.loss import LossWeights
-from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
+from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.run import TOY_DATA, configure, load_data
 from wris_lib.methods.ppt.training import H_SEM, Batches, TrainingData, start, training_loss
 from wris_lib.methods.ppt.vision import visual_encoder

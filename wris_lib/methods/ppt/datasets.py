@@ -30,8 +30,8 @@ from wris_lib.methods import clip_sam
 from wris_lib.methods.clip_sam import ClipSam, PointRule
 from wris_lib.methods.ppt import labels, pseudo
 from wris_lib.methods.ppt.compose import ObjectPicture
+from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.labels import LabelledExpressions
-from wris_lib.methods.ppt.model import GeneratorConfig
 from wris_lib.methods.ppt.pseudo import (
     LabelledImages,
     from_expressions,

@@ -17,365 +17,26 @@ and only the rest for E expressions; `image[e]` says which image expression e is
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from wris_lib.errors import WrisError
+from wris_lib.methods.ppt.config import GeneratorConfig
+from wris_lib.methods.ppt.layers import (
+    POSITION_CHANNELS,
+    Groups,
+    Review,
+    Stage,
+    Whitening,
+    cell_centres,
+    encode_positions,
+    mlp,
+    sample_at,
+    visual_tokens,
+)
 from wris_lib.methods.ppt.prompts import PointPrompts
-
-Projected = tuple[Float[Tensor, "B n f"], Float[Tensor, "E l f"]]
-POSITION_CHANNELS = 64  # that tell a token, or an anchor, where in the image it is
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    """Sizes of a `PointGenerator`.
-
-    Args:
-        stages: of CLIP, as `Clip.patch_features` takes them; their number is N.
-        visual_channels: of each stage.
-        word_channels: of the word features.
-        queries: K. A square number when they are anchored.
-        points: M of every query.
-        anchored: queries start on a grid over the image, learn offsets from there, and are told what CLIP sees at
-            their place, and how like the sentence Surgery's map is there; they look at what is near first, each head as
-            far as it learns to (SMCA, Gao et al. 2021); the sentence scales and shifts their channels (FiLM, Perez et
-            al. 2018); they see one another, for "the man on the left" is a question about several men; and before
-            they are scored they look at what lies under their points. False: the paper's queries, free vectors that
-            know of a place only what training put into them.
-        zoom: how many times as large as usual CLIP sees the image, see `vision.visual_features`.
-        fuse_vision: words change what queries see of the image, as in the paper. False: the image changes the words
-            only; then expressions of an image share its keys and values, and training is about 3 times as fast.
-        fusion_width: channels inside `Fusion`; 64 in the paper.
-        fusion_heads: attention heads inside `Fusion`; 8 in the paper.
-        width: channels of a query.
-        heads: attention heads of a query.
-        feedforward: hidden channels of the queries' feed-forward layers.
-
-    Raises:
-        WrisError: the sizes do not go together.
-    """
-
-    stages: tuple[int | str, ...]
-    visual_channels: tuple[int, ...]
-    word_channels: int
-    queries: int = 16
-    points: int = 16
-    anchored: bool = True
-    zoom: int = 1
-    fuse_vision: bool = False
-    fusion_width: int = 64
-    fusion_heads: int = 8
-    width: int = 128
-    heads: int = 4
-    feedforward: int = 256
-
-    def __post_init__(self) -> None:
-        if self.anchored and math.isqrt(self.queries) ** 2 != self.queries:
-            raise WrisError(f"{self.queries} anchored queries do not fill a square grid; choose 4, 9, 16, 25, ….")
-        if self.anchored and self.stages[-1] != "surgery":
-            raise WrisError(
-                f"anchored queries look at CLIP Surgery's map, so the last stage must be 'surgery', not"
-                f" {self.stages[-1]!r}."
-            )
-        if self.width % self.heads or self.fusion_width % self.fusion_heads:
-            raise WrisError(
-                f"widths must be multiples of their heads: {self.width} of {self.heads},"
-                f" {self.fusion_width} of {self.fusion_heads}."
-            )
-
-
-class Groups:
-    """Expressions gathered by image, so that all of an image's queries attend to its keys and values at once.
-
-    Args:
-        image: which image each expression is about, in any order.
-        images: B.
-    """
-
-    def __init__(self, image: Int[Tensor, "E"], images: int) -> None:
-        member = F.one_hot(image, images)
-        self.image = image
-        self.slot = (member.cumsum(dim=0) * member).sum(dim=1) - 1  # which of its image's expressions it is
-        self.shape = (images, int(member.sum(dim=0).max()))
-
-    def pack(self, x: Float[Tensor, "E n d"]) -> Float[Tensor, "B gn d"]:
-        """Expressions of an image one behind the other; where an image has fewer than others, zeros."""
-        return x.new_zeros(*self.shape, *x.shape[1:]).index_put((self.image, self.slot), x).flatten(1, 2)
-
-    def unpack(self, x: Float[Tensor, "B gn d"]) -> Float[Tensor, "E n d"]:
-        """The inverse."""
-        return x.unflatten(1, (self.shape[1], -1))[self.image, self.slot]
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose memory is projected by the caller: once, however often it is attended to."""
-
-    def __init__(self, width: int, memory_channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.memory = nn.Linear(memory_channels, 2 * width)  # keys, values
-        self.out = nn.Linear(width, width)
-
-    def forward(
-        self,
-        queries: Float[Tensor, "b q d"],
-        keys_values: Float[Tensor, "b n dd"],
-        mask: Bool[Tensor, "b n"] | None = None,
-        bias: Float[Tensor, "h q n"] | None = None,
-    ) -> Float[Tensor, "b q d"]:
-        """Attend to what `memory` made; where `mask` is False nothing is seen; `bias` is added before the softmax."""
-        split = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # b heads q d/heads
-        keys, values = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        # Written out: with heads this narrow, fused attention takes twice as long on a CPU, backwards most of all.
-        alike = (split * split.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-        if bias is not None:
-            alike = alike + bias.to(alike)
-        if mask is not None:
-            alike = alike.masked_fill(~mask[:, None, None], -torch.inf)
-        mixed = alike.softmax(dim=-1) @ values
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class Fusion(nn.Module):
-    """Image and words of one stage: each is projected, multiplied by what it sees of the other, and projected back.
-
-        v = proj(V),  t = proj(T);   from stage 2 on  v = LN(v + v of the stage before),  t likewise
-        V' = V + back(v ⊙ attention(v, t, t)),   T' = T + back(t ⊙ attention(t, v, v))
-
-    ETRIS adds V' and T' to CLIP's own tokens, so that its next block sees them. PPT's CLIP is frozen and computed
-    beforehand: here they go to the queries only.
-    """
-
-    def __init__(self, config: GeneratorConfig, channels: int, first: bool) -> None:
-        super().__init__()
-        width, heads = config.fusion_width, config.fusion_heads
-        self.first, self.fuse_vision = first, config.fuse_vision
-        self.visual_in, self.words_in = nn.Linear(channels, width), nn.Linear(config.word_channels, width)
-        self.words_attention, self.words_out = Attention(width, width, heads), nn.Linear(width, config.word_channels)
-        if self.fuse_vision:
-            self.visual_attention, self.visual_out = Attention(width, width, heads), nn.Linear(width, channels)
-        if not first:
-            self.visual_norm, self.words_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(
-        self,
-        visual: Float[Tensor, "B n c"],
-        words: Float[Tensor, "E l t"],
-        mask: Bool[Tensor, "E l"],
-        groups: Groups,
-        earlier: Projected | None,
-    ) -> tuple[Float[Tensor, "E n f"] | None, Float[Tensor, "E l t"], Projected]:
-        """Fuse one stage.
-
-        Args:
-            visual: V.
-            words: T.
-            mask: True at words, False at padding.
-            groups: whose words belong to which image.
-            earlier: (v, t) of the stage before; None in the first.
-
-        Returns:
-            v ⊙ attention(v, t, t), to be projected by `visual_out` (None without `fuse_vision`); T'; and (v, t).
-        """
-        v, t = self.visual_in(visual), self.words_in(words)
-        if not self.first:
-            v, t = self.visual_norm(v + earlier[0]), self.words_norm(t + earlier[1])
-        seen = groups.unpack(self.words_attention(groups.pack(t), self.words_attention.memory(v)))
-        fused_words = words + self.words_out(t * seen)
-        if not self.fuse_vision:
-            return None, fused_words, (v, t)
-        own = v.index_select(0, groups.image)
-        return own * self.visual_attention(own, self.visual_attention.memory(t), mask), fused_words, (v, t)
-
-
-class Stage(nn.Module):
-    """Fusion, and one step of the queries: Q ← CrossAttn(CrossAttn(Q, V'), T'), then a feed-forward layer.
-
-    As in DETR (Carion et al. 2020) each has a residual and a layer norm behind it. Anchored queries also see one
-    another, as there; the paper's do not.
-    """
-
-    def __init__(self, config: GeneratorConfig, channels: int, first: bool) -> None:
-        super().__init__()
-        width = config.width
-        self.anchored = config.anchored
-        self.fusion = Fusion(config, channels, first)
-        self.look = Attention(width, channels, config.heads)
-        self.read = Attention(width, config.word_channels, config.heads)
-        self.feedforward = _mlp(width, config.feedforward, width)
-        self.look_norm, self.read_norm, self.feedforward_norm = (nn.LayerNorm(width) for _ in range(3))
-        if self.anchored:
-            self.local = nn.Linear(channels, width)
-            self.film = nn.Linear(config.word_channels, 2 * width)
-            self.compare, self.compare_norm = Attention(width, width, config.heads), nn.LayerNorm(width)
-            # Reach of each head as a share of the image: the standard deviation of a Gaussian around the anchor.
-            self.log_reach = nn.Parameter(torch.linspace(math.log(0.08), 0.0, config.heads))
-
-    def forward(
-        self,
-        queries: Float[Tensor, "E K d"],
-        visual: Float[Tensor, "B n c"],
-        local: Float[Tensor, "B K c"] | None,
-        distances: Float[Tensor, "K n"] | None,
-        words: Float[Tensor, "E l t"],
-        mask: Bool[Tensor, "E l"],
-        groups: Groups,
-        earlier: Projected | None,
-    ) -> tuple[Float[Tensor, "E K d"], Projected]:
-        """One step.
-
-        Args:
-            queries: Q.
-            visual: V.
-            local: V at the anchors; None when there are none.
-            distances: from the anchors to the tokens, as shares of the image; None when there are no anchors.
-            words: T.
-            mask: True at words, False at padding.
-            groups: which queries belong to which image.
-            earlier: what `Fusion` wants of the stage before.
-
-        Returns:
-            The next Q, and what `Fusion` wants at the next stage.
-        """
-        change, words, earlier = self.fusion(visual, words, mask, groups, earlier)
-        if self.anchored:
-            queries = queries + self.local(local).index_select(0, groups.image)
-        queries = self.look_norm(queries + self._look(queries, visual, change, distances, groups))
-        if self.anchored:
-            queries = modulate(queries, self.film, words, mask)
-        queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
-        if self.anchored:
-            queries = self.compare_norm(queries + self.compare(queries, self.compare.memory(queries)))
-        return self.feedforward_norm(queries + self.feedforward(queries)), earlier
-
-    def _look(
-        self,
-        queries: Float[Tensor, "E K d"],
-        visual: Float[Tensor, "B n c"],
-        change: Float[Tensor, "E n f"] | None,
-        distances: Float[Tensor, "K n"] | None,
-        groups: Groups,
-    ) -> Float[Tensor, "E K d"]:
-        """Attention of the queries to V' = V + visual_out(change)."""
-        keys_values = self.look.memory(visual)
-        nearness = None
-        if distances is not None:
-            nearness = -0.5 * (distances / self.log_reach.exp()[:, None, None]) ** 2  # heads K n
-        if change is None:
-            packed = groups.pack(queries)
-            if nearness is not None:
-                nearness = nearness.repeat(1, packed.shape[1] // queries.shape[1], 1)
-            return groups.unpack(self.look(packed, keys_values, bias=nearness))
-        # A linear map of a linear map is one linear map. So V', with its many channels an expression, is never built.
-        back, memory = self.fusion.visual_out, self.look.memory
-        change = F.linear(change, memory.weight @ back.weight, memory.weight @ back.bias)
-        return self.look(queries, keys_values.index_select(0, groups.image) + change, bias=nearness)
-
-
-def modulate(
-    queries: Float[Tensor, "E K d"], film: nn.Linear, words: Float[Tensor, "E l t"], mask: Bool[Tensor, "E l"]
-) -> Float[Tensor, "E K d"]:
-    """Scale and shift the queries' channels by what the last token says: it has read the whole sentence (FiLM)."""
-    last = mask.int().cumsum(dim=1).argmax(dim=1)
-    sentence = words[torch.arange(len(words), device=words.device), last]
-    scale, shift = film(sentence)[:, None].chunk(2, dim=-1)
-    return queries * (1 + scale) + shift
-
-
-class Review(nn.Module):
-    """A last look of anchored queries, at what they point at: is this what is meant?
-
-    A query comes from an anchor, and what it has seen around there is a mixture. Its points say where the thing is: so
-    the image is read there, at positive points above all; and where they lie and how far they reach says more of *left*
-    and *above* than the anchor does. The points themselves learn nothing from this.
-    """
-
-    def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.see = nn.ModuleList(nn.Linear(channels, width) for channels in config.visual_channels)
-        self.take = nn.Sequential(nn.ReLU(), nn.Linear(width, width))
-        self.place = nn.Linear(2 * POSITION_CHANNELS, width)
-        self.film = nn.Linear(config.word_channels, 2 * width)
-        self.read = Attention(width, config.word_channels, config.heads)
-        self.compare = Attention(width, width, config.heads)
-        self.feedforward = _mlp(width, config.feedforward, width)
-        self.take_norm, self.read_norm, self.compare_norm, self.feedforward_norm = (
-            nn.LayerNorm(width) for _ in range(4)
-        )
-
-    def forward(
-        self,
-        queries: Float[Tensor, "E K d"],
-        maps: Sequence[Float[Tensor, "B _ h w"]],
-        points: Float[Tensor, "E K M 2"],
-        label_logits: Float[Tensor, "E K M"],
-        words: Float[Tensor, "E l t"],
-        mask: Bool[Tensor, "E l"],
-        groups: Groups,
-    ) -> Float[Tensor, "E K d"]:
-        """The queries, ready to be scored.
-
-        Args:
-            queries: Q.
-            maps: of each stage what CLIP sees, whitened.
-            points: of the queries.
-            label_logits: of the points.
-            words: T.
-            mask: True at words, False at padding.
-            groups: which queries belong to which image.
-        """
-        points, positive = points.detach(), label_logits.detach().sigmoid()
-        places, seen = groups.pack(points.flatten(1, 2)), 0
-        for stage, see in zip(maps, self.see, strict=True):
-            # Projected first: that is linear, like looking between cells, and there are fewer cells than points.
-            projected = see(stage.flatten(2).transpose(1, 2)).to(places.dtype).transpose(1, 2)
-            seen = seen + sample_at(projected.unflatten(2, stage.shape[-2:]), places)
-        seen = groups.unpack(seen).unflatten(1, points.shape[1:3])  # E K M d
-        seen = (seen * (positive / positive.sum(dim=-1, keepdim=True))[..., None]).sum(dim=2)
-        low, high = points.amin(dim=2), points.amax(dim=2)
-        where = torch.cat([encode_positions((low + high) / 2), encode_positions(high - low)], dim=-1)
-        queries = self.take_norm(queries + self.take(seen) + self.place(where))
-        queries = modulate(queries, self.film, words, mask)
-        queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
-        queries = self.compare_norm(queries + self.compare(queries, self.compare.memory(queries)))
-        return self.feedforward_norm(queries + self.feedforward(queries))
-
-
-class Whitening(nn.Module):
-    """A frozen affine map after which features have mean 0 and channels of (nearly) one variance, uncorrelated.
-
-    Until `fit` has seen features, it changes nothing.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("matrix", torch.eye(channels))
-
-    def forward(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-        return (features - self.mean) @ self.matrix
-
-    @torch.no_grad()
-    def fit(self, features: Float[Tensor, "n c"], floor: float = 0.03) -> None:
-        """Find the map: W = V (Λ + floor · mean Λ)^-½ Vᵀ, where V Λ Vᵀ is the covariance of the features.
-
-        Args:
-            features: any number.
-            floor: keeps directions in which hardly anything varies from being blown up to noise.
-        """
-        mean = features.mean(dim=0)
-        values, vectors = torch.linalg.eigh(torch.cov(features.T, correction=0).double())
-        scales = (values.clamp(min=0) + floor * values.mean()).rsqrt()
-        self.mean.copy_(mean)
-        self.matrix.copy_(vectors * scales @ vectors.T)
 
 
 class PointGenerator(nn.Module):
@@ -401,13 +62,13 @@ class PointGenerator(nn.Module):
         if config.anchored:
             side = math.isqrt(config.queries)
             self.register_buffer("anchors", cell_centres(side, side), persistent=False)
-            self.embed_anchors = _mlp(POSITION_CHANNELS, width, width)
+            self.embed_anchors = mlp(POSITION_CHANNELS, width, width)
             self.embed_similarity = nn.Linear(2, width)
             self.review = Review(config)
         else:
             self.queries = nn.Parameter(torch.randn(config.queries, width))
-        self.point_head = _mlp(width, width, width, 3 * config.points)
-        self.score_head = _mlp(width, width, 1)
+        self.point_head = mlp(width, width, width, 3 * config.points)
+        self.score_head = mlp(width, width, 1)
 
     @property
     def trainable_parameters(self) -> int:
@@ -460,26 +121,6 @@ class PointGenerator(nn.Module):
         return PointPrompts(points, label_logits, self.score_head(queries)[..., 0].float())
 
 
-# The paper counts 20.7 million trainable parameters; these are 20.4. It gives N, and d = 64 and 8 heads of the fusion.
-# The other sizes are guesses: K and M, queries as wide as CLIP's visual tokens, a feed-forward layer of 1024.
-PAPER = GeneratorConfig(
-    stages=(4, 8, 12),
-    visual_channels=(768, 768, 768),
-    word_channels=512,
-    anchored=False,
-    fuse_vision=True,
-    width=768,
-    heads=8,
-    feedforward=1024,
-)
-
-
-def visual_tokens(features: Float[Tensor, "B c h w"]) -> Float[Tensor, "B n c"]:
-    """A feature map as h·w tokens, row by row, each normalised."""
-    tokens = features.flatten(2).transpose(1, 2)
-    return F.layer_norm(tokens, tokens.shape[-1:])
-
-
 def similarity_in_cells(
     surgery: Float[Tensor, "B d h w"], directions: Float[Tensor, "E d"], image: Int[Tensor, "E"], side: int
 ) -> Float[Tensor, "E {side}*{side} 2"]:
@@ -488,28 +129,3 @@ def similarity_in_cells(
         maps = torch.einsum("edhw,ed->ehw", surgery.index_select(0, image), directions)
     pooled = [F.adaptive_max_pool2d(maps, side).flatten(1), F.adaptive_avg_pool2d(maps, side).flatten(1)]
     return torch.stack([F.layer_norm(values, values.shape[-1:]) for values in pooled], dim=-1)
-
-
-def cell_centres(rows: int, columns: int) -> Float[Tensor, "n 2"]:
-    """Centres of a grid's cells, row by row, as (x, y) in 0..1."""
-    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
-    return torch.stack([x, y], dim=-1).flatten(0, 1)
-
-
-def encode_positions(points: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b p"]:
-    """Sines and cosines of (x, y) in 0..1, from half a wave to 16 waves across the image."""
-    waves = math.pi * 2 ** torch.linspace(0, 5, POSITION_CHANNELS // 4, device=points.device)
-    angles = (points[..., None] * waves).flatten(-2)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def sample_at(maps: Float[Tensor, "B c h w"], points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n c"]:
-    """The values of maps at points (x, y) in 0..1, bilinear between the cells' centres, constant at the border."""
-    places = (2 * points - 1)[:, None]
-    return F.grid_sample(maps, places, padding_mode="border", align_corners=False)[:, :, 0].transpose(1, 2)
-
-
-def _mlp(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between them."""
-    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])

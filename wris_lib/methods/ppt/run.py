@@ -18,9 +18,10 @@ from wris_lib.data import load_training, toyworld
 from wris_lib.data.objects import ObjectImages
 from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write, cache_dir, write_json
+from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.curriculum import CURRICULA, Done, Training, train
 from wris_lib.methods.ppt.datasets import training_data
-from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
+from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.training import DATASETS, TrainingData, start
 from wris_lib.methods.ppt.weights import save_generator
 

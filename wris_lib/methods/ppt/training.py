@@ -18,9 +18,11 @@ from wris_lib.backbones.feature_store import FeatureStore, JoinedStores, open_fe
 from wris_lib.backbones.features import clip_words, sam_embeddings, texts
 from wris_lib.backbones.sam import Segmenter
 from wris_lib.errors import WrisError
+from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.labels import UNKNOWN, LabelledExpressions, join
+from wris_lib.methods.ppt.layers import visual_tokens
 from wris_lib.methods.ppt.loss import LossWeights, PseudoLabels, match, matched_loss, pair_terms
-from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator, visual_tokens
+from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, prompt_sam
 from wris_lib.methods.ppt.pseudo import LabelledImages
 from wris_lib.methods.ppt.vision import visual_encoder

@@ -19,7 +19,7 @@ from torch import Tensor
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.feature_store import Encoder
 from wris_lib.backbones.features import CLIP_CODE, clip_patches, fingerprint
-from wris_lib.methods.ppt.model import GeneratorConfig
+from wris_lib.methods.ppt.config import GeneratorConfig
 
 
 @torch.no_grad()

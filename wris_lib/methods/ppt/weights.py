@@ -12,7 +12,8 @@ from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.features import fingerprint
 from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write
-from wris_lib.methods.ppt.model import GeneratorConfig, PointGenerator
+from wris_lib.methods.ppt.config import GeneratorConfig
+from wris_lib.methods.ppt.model import PointGenerator
 
 FORMAT = "wris-ppt-1"
 TRAIN = "python -m wris_lib train ppt"
