@@ -494,7 +494,8 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
     found = {each["name"]: (each["n"], *each["metrics"].values()) for each in results["rows"]}
     assert found == {
         "D_sem, D_ref: objects of the pictures": (2, pytest.approx(100 * (1 / 2 + 1 / 3) / 2, abs=0.01), 50.0),
-        "H_sem: the only candidate": (1, 50.0, 100.0),
+        "H_sem: CLIP's choice": (1, 50.0, 100.0),
+        "H_sem: best candidate": (1, 50.0, 100.0),
         "H_ref: CLIP's choice": (2, pytest.approx(100 * (1 / 2 + 0) / 2, abs=0.01), 50.0),
         "H_ref: best candidate": (2, pytest.approx(100 * (2 / 3 + 1 / 2) / 2, abs=0.01), 100.0),
         "paper's way: the answer to the only noun phrase": (1, 100.0, 100.0),

@@ -260,11 +260,9 @@ def pseudo_labels(folder: Path = RESULTS) -> None:
     found: dict[str, list[float]] = {}
     for e, expression in enumerate(h.expressions):
         every = mask_ious(truth_of[paths[h.image[e]], expression], h.candidates(e))
-        if h.referent[e] != UNKNOWN:
-            found.setdefault("H_sem: the only candidate", []).append(every[0])
-        else:
-            found.setdefault("H_ref: CLIP's choice", []).append(every[0])
-            found.setdefault("H_ref: best candidate", []).append(every.max())
+        name = "H_ref" if h.referent[e] == UNKNOWN else "H_sem"
+        found.setdefault(f"{name}: CLIP's choice", []).append(every[0])
+        found.setdefault(f"{name}: best candidate", []).append(every.max())
     # The paper's way, for comparison: of each noun phrase CLIP + SAM's one answer.
     method, parser = ClipSam(clip, segmenter), load_parser("toy")
     for path in paths[:: max(1, len(paths) // PAPERS_WAY)]:
