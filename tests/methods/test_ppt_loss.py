@@ -16,7 +16,7 @@ from wris_lib.methods.ppt.loss import (
     LossWeights,
     Matches,
     PseudoLabels,
-    box_ious,
+    boxes_around,
     mask_terms,
     match,
     matched_loss,
@@ -236,11 +236,9 @@ def corners(left: float, top: float, right: float, bottom: float) -> list[list[f
     return [[left, top], [right, top], [left, bottom], [right, bottom]]
 
 
-def test_overlap_of_the_boxes_around_points():
-    first = torch.tensor([[corners(0, 0, 0.4, 0.5), corners(0.3, 0.3, 0.3, 0.3)]])
-    second = torch.tensor([[corners(0.2, 0, 0.6, 0.5), corners(0, 0, 0.4, 0.25), corners(0.5, 0, 1, 1)]])
-    expected = torch.tensor([[[1 / 3, 1 / 2, 0], [0, 0, 0]]])
-    torch.testing.assert_close(box_ious(first, second), expected)
+def test_boxes_around_points():
+    points = torch.tensor([[corners(0, 0, 0.4, 0.5), corners(0.3, 0.3, 0.3, 0.3)]])
+    assert torch.equal(boxes_around(points), torch.tensor([[[0, 0, 0.4, 0.5], [0.3, 0.3, 0.3, 0.3]]]))
 
 
 def test_all_that_cover_the_referent_can_count_as_right():

@@ -15,7 +15,14 @@ from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam, decode_prompts
 from wris_lib.errors import WrisError
 from wris_lib.methods.ppt.config import PAPER, GeneratorConfig
-from wris_lib.methods.ppt.layers import Groups, Whitening, cell_centres, encode_positions, sample_at
+from wris_lib.methods.ppt.layers import (
+    Groups,
+    Reading,
+    Whitening,
+    cell_centres,
+    cell_shares,
+    encode_positions,
+)
 from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, point_labels, prompt_sam
 
@@ -84,6 +91,17 @@ def slow_sample(image: Tensor, point: Tensor) -> Tensor:
     return sum(weight * image[4 * (top + b) + left + a] for (a, b), weight in corners.items())
 
 
+def slow_reading(layer: Reading, queries: Tensor, words: Tensor) -> Tensor:
+    """Q of `Reading`."""
+    if layer.anchored:
+        scale, shift = layer.film(words[-1]).chunk(2)
+        queries = queries * (1 + scale) + shift
+    queries = layer.read_norm(queries + slow_attention(layer.read, queries, words))
+    if layer.anchored:
+        queries = layer.compare_norm(queries + slow_attention(layer.compare, queries, queries))
+    return layer.feedforward_norm(queries + layer.feedforward(queries))
+
+
 def slow_review(model: PointGenerator, queries: Tensor, images: list[Tensor], points: Tensor, r: Tensor, words: Tensor):
     """Q of `Review`, a query and a point at a time."""
     review, rows = model.review, []
@@ -94,11 +112,7 @@ def slow_review(model: PointGenerator, queries: Tensor, images: list[Tensor], po
         low, high = places.min(dim=0).values, places.max(dim=0).values
         where = [slow_positions(np.array([each.tolist()]))[0] for each in ((low + high) / 2, high - low)]
         rows.append(review.take_norm(query + review.take(seen) + review.place(torch.cat(where))))
-    scale, shift = review.film(words[-1]).chunk(2)
-    queries = torch.stack(rows) * (1 + scale) + shift
-    queries = review.read_norm(queries + slow_attention(review.read, queries, words))
-    queries = review.compare_norm(queries + slow_attention(review.compare, queries, queries))
-    return review.feedforward_norm(queries + review.feedforward(queries))
+    return slow_reading(review.reading, torch.stack(rows), words)
 
 
 def slow_generator(
@@ -121,7 +135,7 @@ def slow_generator(
     words, images = (words - model.whiten_words.mean) @ model.whiten_words.matrix, []
     for n, (features, stage) in enumerate(zip(visual, model.stages, strict=True)):
         fusion, image = stage.fusion, slow_tokens(features, model.whiten_visual[n])
-        images.append(image[:, : len(features)])  # without positions
+        images.append(image)
         v, t = fusion.visual_in(image), fusion.words_in(words)
         if n > 0:
             v, t = fusion.visual_norm(v + last_v), fusion.words_norm(t + last_t)  # noqa: F821
@@ -138,13 +152,7 @@ def slow_generator(
         if config.anchored:
             nearness = [-squares / (2 * reach**2) for reach in stage.log_reach.exp()]
         queries = stage.look_norm(queries + slow_attention(stage.look, queries, fused, nearness))
-        if config.anchored:
-            scale, shift = stage.film(text[-1]).chunk(2)
-            queries = queries * (1 + scale) + shift
-        queries = stage.read_norm(queries + slow_attention(stage.read, queries, text))
-        if config.anchored:
-            queries = stage.compare_norm(queries + slow_attention(stage.compare, queries, queries))
-        queries = stage.feedforward_norm(queries + stage.feedforward(queries))
+        queries = slow_reading(stage.reading, queries, text)
     raw = model.point_head(queries).view(config.queries, config.points, 3)
     x, y, r = raw.unbind(-1)
     if config.anchored:
@@ -235,11 +243,17 @@ def test_positions_tell_all_cells_of_a_fine_grid_apart():
     assert nearest > 0.5
 
 
-def test_samples_are_bilinear_and_constant_beyond_the_outermost_centres():
-    maps = torch.stack([cell_centres(4, 8)[:, 0].view(4, 8), cell_centres(4, 8)[:, 1].view(4, 8)])[None]
+def test_shares_of_cells_are_bilinear_and_constant_beyond_the_outermost_centres():
     points = torch.tensor([[0.3, 0.4], [0.71, 0.55], [0.0, 1.0]])
-    sampled = sample_at(maps, points[None])
-    torch.testing.assert_close(sampled[0], torch.tensor([[0.3, 0.4], [0.71, 0.55], [1 / 16, 7 / 8]]))
+    seen = cell_shares(points[:, None], torch.ones(3, 1), 4, 8) @ cell_centres(4, 8)
+    torch.testing.assert_close(seen, torch.tensor([[0.3, 0.4], [0.71, 0.55], [1 / 16, 7 / 8]]))
+
+
+def test_points_see_together_what_each_sees_by_its_share():
+    image = torch.randn(8, 3)
+    points, shares = torch.rand(5, 2), torch.rand(5)
+    each = [share * slow_sample(image, point) for point, share in zip(points, shares, strict=True)]
+    torch.testing.assert_close(cell_shares(points, shares, 2, 4) @ image, sum(each))
 
 
 def test_points_learn_nothing_from_the_review():

@@ -125,26 +125,51 @@ class Fusion(nn.Module):
         return own * self.visual_attention(own, self.visual_attention.memory(t), mask), fused_words, (v, t)
 
 
-class Stage(nn.Module):
-    """Fusion, and one step of the queries: Q ← CrossAttn(CrossAttn(Q, V'), T'), then a feed-forward layer.
+class Reading(nn.Module):
+    """What queries do with the sentence once they have seen the image: Q ← CrossAttn(Q, T'), then a feed-forward layer.
 
-    As in DETR (Carion et al. 2020) each has a residual and a layer norm behind it. Anchored queries also see one
-    another, as there; the paper's do not.
+    As in DETR (Carion et al. 2020) each has a residual and a layer norm behind it. In anchored queries the sentence
+    first scales and shifts the channels (FiLM, Perez et al. 2018), and after reading it they see one another, as in
+    DETR; the paper's do not.
     """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.anchored = config.anchored
+        self.read, self.read_norm = Attention(width, config.word_channels, config.heads), nn.LayerNorm(width)
+        self.feedforward, self.feedforward_norm = mlp(width, config.feedforward, width), nn.LayerNorm(width)
+        if self.anchored:
+            self.film = nn.Linear(config.word_channels, 2 * width)
+            self.compare, self.compare_norm = Attention(width, width, config.heads), nn.LayerNorm(width)
+
+    def forward(
+        self, queries: Float[Tensor, "E K d"], words: Float[Tensor, "E l t"], mask: Bool[Tensor, "E l"]
+    ) -> Float[Tensor, "E K d"]:
+        """The next Q. `mask` is True at words, False at padding."""
+        if self.anchored:
+            last = mask.int().cumsum(dim=1).argmax(dim=1)  # the last token has read the whole sentence
+            sentence = words[torch.arange(len(words), device=words.device), last]
+            scale, shift = self.film(sentence)[:, None].chunk(2, dim=-1)
+            queries = queries * (1 + scale) + shift
+        queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
+        if self.anchored:
+            queries = self.compare_norm(queries + self.compare(queries, self.compare.memory(queries)))
+        return self.feedforward_norm(queries + self.feedforward(queries))
+
+
+class Stage(nn.Module):
+    """Fusion, and one step of the queries: they look at the image, Q ← CrossAttn(Q, V'), and `Reading` follows."""
 
     def __init__(self, config: GeneratorConfig, channels: int, first: bool) -> None:
         super().__init__()
         width = config.width
         self.anchored = config.anchored
         self.fusion = Fusion(config, channels, first)
-        self.look = Attention(width, channels, config.heads)
-        self.read = Attention(width, config.word_channels, config.heads)
-        self.feedforward = mlp(width, config.feedforward, width)
-        self.look_norm, self.read_norm, self.feedforward_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.look, self.look_norm = Attention(width, channels, config.heads), nn.LayerNorm(width)
+        self.reading = Reading(config)
         if self.anchored:
             self.local = nn.Linear(channels, width)
-            self.film = nn.Linear(config.word_channels, 2 * width)
-            self.compare, self.compare_norm = Attention(width, width, config.heads), nn.LayerNorm(width)
             # Reach of each head as a share of the image: the standard deviation of a Gaussian around the anchor.
             self.log_reach = nn.Parameter(torch.linspace(math.log(0.08), 0.0, config.heads))
 
@@ -178,12 +203,7 @@ class Stage(nn.Module):
         if self.anchored:
             queries = queries + self.local(local).index_select(0, groups.image)
         queries = self.look_norm(queries + self._look(queries, visual, change, distances, groups))
-        if self.anchored:
-            queries = modulate(queries, self.film, words, mask)
-        queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
-        if self.anchored:
-            queries = self.compare_norm(queries + self.compare(queries, self.compare.memory(queries)))
-        return self.feedforward_norm(queries + self.feedforward(queries)), earlier
+        return self.reading(queries, words, mask), earlier
 
     def _look(
         self,
@@ -209,16 +229,6 @@ class Stage(nn.Module):
         return self.look(queries, keys_values.index_select(0, groups.image) + change, bias=nearness)
 
 
-def modulate(
-    queries: Float[Tensor, "E K d"], film: nn.Linear, words: Float[Tensor, "E l t"], mask: Bool[Tensor, "E l"]
-) -> Float[Tensor, "E K d"]:
-    """Scale and shift the queries' channels by what the last token says: it has read the whole sentence (FiLM)."""
-    last = mask.int().cumsum(dim=1).argmax(dim=1)
-    sentence = words[torch.arange(len(words), device=words.device), last]
-    scale, shift = film(sentence)[:, None].chunk(2, dim=-1)
-    return queries * (1 + scale) + shift
-
-
 class Review(nn.Module):
     """A last look of anchored queries, at what they point at: is this what is meant?
 
@@ -230,21 +240,16 @@ class Review(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         width = config.width
-        self.see = nn.ModuleList(nn.Linear(channels, width) for channels in config.visual_channels)
-        self.take = nn.Sequential(nn.ReLU(), nn.Linear(width, width))
+        self.see = nn.ModuleList(nn.Linear(channels + POSITION_CHANNELS, width) for channels in config.visual_channels)
+        self.take, self.take_norm = nn.Sequential(nn.ReLU(), nn.Linear(width, width)), nn.LayerNorm(width)
         self.place = nn.Linear(2 * POSITION_CHANNELS, width)
-        self.film = nn.Linear(config.word_channels, 2 * width)
-        self.read = Attention(width, config.word_channels, config.heads)
-        self.compare = Attention(width, width, config.heads)
-        self.feedforward = mlp(width, config.feedforward, width)
-        self.take_norm, self.read_norm, self.compare_norm, self.feedforward_norm = (
-            nn.LayerNorm(width) for _ in range(4)
-        )
+        self.reading = Reading(config)
 
     def forward(
         self,
         queries: Float[Tensor, "E K d"],
-        maps: Sequence[Float[Tensor, "B _ h w"]],
+        visual: Sequence[Float[Tensor, "B _ _"]],
+        grids: Sequence[tuple[int, int]],
         points: Float[Tensor, "E K M 2"],
         label_logits: Float[Tensor, "E K M"],
         words: Float[Tensor, "E l t"],
@@ -255,7 +260,8 @@ class Review(nn.Module):
 
         Args:
             queries: Q.
-            maps: of each stage what CLIP sees, whitened.
+            visual: V of each stage.
+            grids: rows and columns of each V.
             points: of the queries.
             label_logits: of the points.
             words: T.
@@ -263,20 +269,13 @@ class Review(nn.Module):
             groups: which queries belong to which image.
         """
         points, positive = points.detach(), label_logits.detach().sigmoid()
-        places, seen = groups.pack(points.flatten(1, 2)), 0
-        for stage, see in zip(maps, self.see, strict=True):
-            # Projected first: that is linear, like looking between cells, and there are fewer cells than points.
-            projected = see(stage.flatten(2).transpose(1, 2)).to(places.dtype).transpose(1, 2)
-            seen = seen + sample_at(projected.unflatten(2, stage.shape[-2:]), places)
-        seen = groups.unpack(seen).unflatten(1, points.shape[1:3])  # E K M d
-        seen = (seen * (positive / positive.sum(dim=-1, keepdim=True))[..., None]).sum(dim=2)
+        shares, seen = positive / positive.sum(dim=-1, keepdim=True), 0
+        for tokens, grid, see in zip(visual, grids, self.see, strict=True):
+            seen = seen + see(groups.unpack(groups.pack(cell_shares(points, shares, *grid)) @ tokens))
         low, high = points.amin(dim=2), points.amax(dim=2)
         where = torch.cat([encode_positions((low + high) / 2), encode_positions(high - low)], dim=-1)
         queries = self.take_norm(queries + self.take(seen) + self.place(where))
-        queries = modulate(queries, self.film, words, mask)
-        queries = self.read_norm(queries + self.read(queries, self.read.memory(words), mask))
-        queries = self.compare_norm(queries + self.compare(queries, self.compare.memory(queries)))
-        return self.feedforward_norm(queries + self.feedforward(queries))
+        return self.reading(queries, words, mask)
 
 
 class Whitening(nn.Module):
@@ -327,10 +326,28 @@ def encode_positions(points: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b p"]:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def sample_at(maps: Float[Tensor, "B c h w"], points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n c"]:
-    """The values of maps at points (x, y) in 0..1, bilinear between the cells' centres, constant at the border."""
-    places = (2 * points - 1)[:, None]
-    return F.grid_sample(maps, places, padding_mode="border", align_corners=False)[:, :, 0].transpose(1, 2)
+def cell_shares(
+    points: Float[Tensor, "*b m 2"], shares: Float[Tensor, "*b m"], rows: int, columns: int
+) -> Float[Tensor, "*b n"]:
+    """How much each of a grid's cells, row by row, counts in what m points see together.
+
+    A point sees what lies between the centres of the four cells around it, bilinearly; beyond the outermost centres
+    nothing changes any more.
+
+    Args:
+        points: (x, y) in 0..1.
+        shares: how much each point counts.
+        rows: of the grid.
+        columns: of the grid.
+    """
+    across, down = _hats(points[..., 0], columns), _hats(points[..., 1], rows)
+    return ((down * shares[..., None]).transpose(-1, -2) @ across).flatten(-2)
+
+
+def _hats(positions: Float[Tensor, "*b"], cells: int) -> Float[Tensor, "*b cells"]:
+    """The two cells around a position in 0..1 share it."""
+    places = (positions * cells - 0.5).clamp(0, cells - 1)
+    return (1 - (places[..., None] - torch.arange(cells, device=places.device)).abs()).clamp(min=0)
 
 
 def mlp(*widths: int) -> nn.Sequential:

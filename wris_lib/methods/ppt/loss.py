@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from wris_lib.errors import WrisError
 from wris_lib.methods.ppt.prompts import PointPrompts, point_labels
@@ -176,7 +177,7 @@ def matched_loss(
             unless `terms` have them.
         all_right: the score to learn is also 1 for unmatched queries that would make as good a prompt: most of their
             positive points hit the referent, and their points cover its box (IoU above 0.5). Several anchored queries
-            lie on a large object. Where hitting it was enough, prompts of a part of it were preferred.
+            lie on a large object, and that one of them is matched does not make the others wrong.
         decoded: which of the pairs `mask_logits` are of; None: all.
 
     Returns:
@@ -190,7 +191,8 @@ def matched_loss(
         pairs[:2], labels.scores[matches.expression, matches.label]
     )
     if all_right:
-        hits = (points_inside(prompts, labels) > 0.5) & (box_ious(prompts.points, labels.points) > 0.5)
+        overlaps = box_iou(boxes_around(prompts.points), boxes_around(labels.points))
+        hits = (points_inside(prompts, labels) > 0.5) & (overlaps > 0.5)
         targets = torch.maximum(targets, (hits * labels.scores[:, None]).amax(dim=2))
     found = {name: term[pairs] for name, term in terms.items() if name != "score"}
     if mask_logits is not None:
@@ -222,13 +224,9 @@ def points_inside(prompts: PointPrompts, labels: PseudoLabels) -> Float[Tensor, 
 
 
 @torch.no_grad()
-def box_ious(first: Float[Tensor, "E K M 2"], second: Float[Tensor, "E Y m 2"]) -> Float[Tensor, "E K Y"]:
-    """IoU of the boxes around sets of points: each of K with each of Y."""
-    (low, high), (other_low, other_high) = ((points.amin(2), points.amax(2)) for points in (first, second))
-    shared = torch.minimum(high[:, :, None], other_high[:, None]) - torch.maximum(low[:, :, None], other_low[:, None])
-    shared = shared.clamp(min=0).prod(-1)
-    areas = (high - low).prod(-1)[:, :, None] + (other_high - other_low).prod(-1)[:, None]
-    return shared / (areas - shared).clamp(min=1e-9)
+def boxes_around(points: Float[Tensor, "*b m 2"]) -> Float[Tensor, "*b 4"]:
+    """(left, top, right, bottom) of sets of points."""
+    return torch.cat([points.amin(dim=-2), points.amax(dim=-2)], dim=-1)
 
 
 def _masks_of(labels: PseudoLabels) -> Float[Tensor, "E Y m m"]:

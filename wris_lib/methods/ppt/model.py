@@ -31,9 +31,9 @@ from wris_lib.methods.ppt.layers import (
     Stage,
     Whitening,
     cell_centres,
+    cell_shares,
     encode_positions,
     mlp,
-    sample_at,
     visual_tokens,
 )
 from wris_lib.methods.ppt.prompts import PointPrompts
@@ -94,20 +94,20 @@ class PointGenerator(nn.Module):
         """
         groups = Groups(image, len(visual[0]))
         words = self.whiten_words(words)
-        earlier, local, distances, maps = None, None, None, []
+        earlier, local, distances, images = None, None, None, []
         start = self.embed_anchors(encode_positions(self.anchors)) if self.config.anchored else self.queries
         queries = start.expand(len(words), -1, -1)
         if self.config.anchored:
             side = math.isqrt(self.config.queries)
             queries = queries + self.embed_similarity(similarity_in_cells(visual[-1], directions, image, side))
-        for features, whiten, stage in zip(visual, self.whiten_visual, self.stages, strict=True):
-            centres = cell_centres(*features.shape[-2:]).to(features)
+        grids = [tuple(features.shape[-2:]) for features in visual]
+        for features, grid, whiten, stage in zip(visual, grids, self.whiten_visual, self.stages, strict=True):
+            centres = cell_centres(*grid).to(features)
             tokens = whiten(visual_tokens(features))
-            maps.append(tokens.transpose(1, 2).unflatten(2, features.shape[-2:]))
             tokens = torch.cat([tokens, encode_positions(centres).expand(len(tokens), -1, -1)], dim=-1)
+            images.append(tokens)
             if self.config.anchored:
-                here = self.anchors.expand(len(tokens), -1, -1)
-                local = sample_at(tokens.transpose(1, 2).unflatten(2, features.shape[-2:]), here)
+                local = cell_shares(self.anchors[:, None], torch.ones_like(self.anchors[:, :1]), *grid) @ tokens
                 distances = torch.cdist(self.anchors, centres)
             queries, earlier = stage(queries, tokens, local, distances, words, mask, groups, earlier)
         # Half precision, where a caller trains in it, would round a place to a 256th of the image.
@@ -117,7 +117,7 @@ class PointGenerator(nn.Module):
             places = places + self.anchors.logit()[:, None]
         points = places.sigmoid()
         if self.config.anchored:
-            queries = self.review(queries, maps, points, label_logits, words, mask, groups)
+            queries = self.review(queries, images, grids, points, label_logits, words, mask, groups)
         return PointPrompts(points, label_logits, self.score_head(queries)[..., 0].float())
 
 
