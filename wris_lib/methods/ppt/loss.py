@@ -101,17 +101,20 @@ def pair_terms(
         WrisError: a prediction is not finite; masks are needed and not there.
     """
     # Expressions E, queries K, pseudo-labels Y, predicted points M, drawn points M.
-    distance = (prompts.points[:, :, None, :, None] - labels.points[:, None, :, None]).abs().sum(-1)
-    logits, drawn = torch.broadcast_tensors(
-        prompts.label_logits[:, :, None, :, None], labels.point_labels[:, None, :, None]
-    )
-    mistake = F.binary_cross_entropy_with_logits(logits, drawn, reduction="none")
+    points, logits = prompts.points[:, :, None], prompts.label_logits[:, :, None]
     with torch.no_grad():
+        drawn, signs = labels.points[:, None, :, None], labels.point_labels[:, None, :, None]
+        distance = (points[..., None, :] - drawn).abs().sum(-1)
+        mistake = F.softplus(logits)[..., None] - logits[..., None] * signs  # cross-entropy of a 0 or a 1
         partner = _match_points(weights.points * distance + weights.labels * mistake, labels.present)
+    expression, _, label, _ = torch.meshgrid(
+        *(torch.arange(size, device=partner.device) for size in partner.shape), indexing="ij"
+    )
+    at = (expression, label, partner)
     score_logits, scores = torch.broadcast_tensors(prompts.score_logits[:, :, None], labels.scores[:, None])
     terms = {
-        "points": distance.gather(-1, partner)[..., 0].mean(-1),
-        "labels": mistake.gather(-1, partner)[..., 0].mean(-1),
+        "points": (points - labels.points[at]).abs().sum(-1).mean(-1),
+        "labels": (F.softplus(logits) - logits * labels.point_labels[at]).mean(-1),
         "score": F.binary_cross_entropy_with_logits(score_logits, scores, reduction="none"),
     }
     if mask_logits is not None:
@@ -235,14 +238,14 @@ def _masks_of(labels: PseudoLabels) -> Float[Tensor, "E Y m m"]:
     return labels.masks
 
 
-def _match_points(costs: Float[Tensor, "E K Y M M"], present: Bool[Tensor, "E Y"]) -> Int[Tensor, "E K Y M 1"]:
+def _match_points(costs: Float[Tensor, "E K Y M M"], present: Bool[Tensor, "E Y"]) -> Int[Tensor, "E K Y M"]:
     """For each predicted point of each pair the number of the drawn point that is its partner."""
     partner = np.tile(np.arange(costs.shape[-1]), (*costs.shape[:3], 1))
     every = costs.double().cpu().numpy()  # which scipy would make of every single one
     for e, y in np.argwhere(present.cpu().numpy()):
         for k in range(costs.shape[1]):
             partner[e, k, y] = _assign(every[e, k, y])[1]
-    return torch.from_numpy(partner)[..., None].to(costs.device)
+    return torch.from_numpy(partner).to(costs.device)
 
 
 def _assign(costs: Float[np.ndarray, "k y"]) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]:
