@@ -84,7 +84,8 @@ def test_the_untouched_prompt_gives_the_mask_of_the_method():
     clip = load_clip("toy")
     torch.manual_seed(3)
     sizes = {"queries": 4, "points": 3, "fusion_width": 16, "fusion_heads": 2, "width": 16, "heads": 2}
-    ppt = Ppt(clip, load_sam("toy"), PointGenerator(GeneratorConfig((2, 4, "surgery"), (192, 192, 128), 96, **sizes)))
+    config = GeneratorConfig((2, 4, "surgery"), (192, 192, 128), 96, **sizes)
+    ppt = Ppt(clip, load_sam("toy"), PointGenerator(config), negatives=True)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
     lab, prediction = PromptLab(image, "left dog", ppt), ppt.predict(image, ["left dog"])[0]
     np.testing.assert_array_equal(lab.mask, prediction.mask)
@@ -162,7 +163,7 @@ def test_what_cannot_be_shown_is_refused(method):
 
 
 def test_the_trained_generator_is_the_default(method, monkeypatch):
-    monkeypatch.setattr(widgets_ppt, "load_method", {"ppt": method}.get)
+    monkeypatch.setattr(widgets_ppt, "load_method", lambda name, negatives: {("ppt", True): method}[name, negatives])
     assert PromptLab(IMAGE, "dog").method is method
 
 

@@ -65,8 +65,8 @@ class PromptLab(Lab):
         Args:
             image: whatever `load_image` takes.
             expression: "the dog on the left".
-            method: with a generator of any kind, also an untrained one; by default the trained one of the default
-                stack.
+            method: with a generator of any kind, also an untrained one, that shows SAM negative points too; by default
+                the trained one of the default stack.
             referent: if given, it is outlined, and masks are compared with it.
 
         Raises:
@@ -81,7 +81,7 @@ class PromptLab(Lab):
                 f"the referent has the shape {referent.shape}; expected that of the image, {(height, width)}."
             )
         self.referent = referent
-        self.method = method or load_method("ppt")
+        self.method = method or load_method("ppt", negatives=True)
         self.prompts = self.method.prompts(self.image, [self.expression])
         self._embedded = self.method.sam.embed(self.image)
         self._picture = ClickablePicture(alt="The image. Click on it, or set x and y below, to move the chosen point.")

@@ -11,6 +11,7 @@ from tests.methods import test_ppt_training
 from tests.methods.test_ppt_training import IMAGES, TEXTS, picture, signs, spread, tiny_generator, trusted
 from wris_lib import methods
 from wris_lib.backbones.clip import Clip
+from wris_lib.backbones.sam import SamImage, SamMasks
 from wris_lib.errors import WrisError
 from wris_lib.methods import ppt as module
 from wris_lib.methods import segment
@@ -24,9 +25,21 @@ EXPRESSIONS = ["the red dog", "car", "the dog left of the car and the man", ""]
 SIZES = [(64, 64), (120, 50), (31, 90), (200, 3), (1, 1)]  # width, height
 
 
-@pytest.fixture(scope="module")
-def ppt(clip, segmenter) -> Ppt:
-    return Ppt(clip, segmenter, spread(tiny_generator()))
+@pytest.fixture(scope="module", params=[False, True], ids=["positive points", "all points"])
+def ppt(request, clip, segmenter) -> Ppt:
+    return Ppt(clip, segmenter, spread(tiny_generator()), negatives=request.param)
+
+
+def ask(ppt: Ppt, embedded: SamImage, points: torch.Tensor, labels: np.ndarray) -> SamMasks:
+    """SAM's answer to a prompt, by hand: what it is not told of is padding."""
+    told = torch.from_numpy(np.where(shown(ppt, labels), labels, -1))
+    with torch.no_grad():
+        return ppt.sam.decode(embedded, points[None], told[None])
+
+
+def shown(ppt: Ppt, labels: np.ndarray) -> np.ndarray:
+    """Which points SAM is told of."""
+    return np.ones(len(labels), bool) if ppt.negatives else labels == 1
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -39,13 +52,17 @@ def test_a_prediction_has_the_promised_form(ppt, size):
         assert prediction.mask.shape == prediction.response_map.shape == (height, width)
         assert prediction.mask.dtype == bool and prediction.response_map.dtype == np.float32
         assert 0 <= prediction.response_map.min() <= prediction.response_map.max() <= 1
-        assert prediction.points.shape == (3, 2) and set(prediction.point_labels.tolist()) <= {0, 1}
+        assert prediction.points.shape == (len(prediction.point_labels), 2)
+        assert set(prediction.point_labels.tolist()) <= {0, 1} and prediction.point_labels.any()
         assert (prediction.points >= 0).all() and (prediction.points <= [width, height]).all()
         assert type(prediction.score) is float and 0 <= prediction.score <= 1
         every, best, masks = prediction.trace
         assert every.points.shape == (12, 2) and every.point_labels.shape == (12,) and "4 queries of 3" in every.note
-        assert np.array_equal(best.points, prediction.points)
-        assert np.array_equal(best.point_labels, prediction.point_labels) and f"{prediction.score:.2f}" in best.note
+        told = shown(ppt, best.point_labels)
+        assert np.array_equal(best.points[told], prediction.points)
+        assert (
+            np.array_equal(best.point_labels[told], prediction.point_labels) and f"{prediction.score:.2f}" in best.note
+        )
         assert masks.masks.shape == (SHOWN, height, width) and np.array_equal(masks.masks[0], prediction.mask)
         assert masks.scores[0] == pytest.approx(prediction.score) and (np.diff(masks.scores) <= 0).all()
         asked = {tuple(point) for point in every.points.round(3).tolist()}
@@ -74,11 +91,11 @@ def test_the_mask_is_sams_answer_to_the_best_prompt(ppt, segmenter, size):
         scores = prompts.score_logits[e].sigmoid()
         best = int(scores.argmax())
         assert prediction.score == pytest.approx(scores[best].item())
-        np.testing.assert_allclose(prediction.points, prompts.points[e, best].numpy() * size, rtol=1e-5)
-        assert prediction.point_labels.tolist() == signs(prompts.label_logits[e, best].numpy()).tolist()
-        points, labels = torch.from_numpy(prediction.points), torch.from_numpy(prediction.point_labels)
-        with torch.no_grad():
-            decoded = segmenter.decode(embedded, points[None], labels[None])
+        labels = signs(prompts.label_logits[e, best].numpy())
+        told = shown(ppt, labels)
+        np.testing.assert_allclose(prediction.points, prompts.points[e, best].numpy()[told] * size, rtol=1e-5)
+        assert prediction.point_labels.tolist() == labels[told].tolist()
+        decoded = ask(ppt, embedded, prompts.points[e, best] * torch.tensor(size), labels)
         assert (segmenter.masks(embedded, decoded)[0, decoded.iou[0].argmax()] == prediction.mask).mean() > 0.999
 
 
@@ -89,9 +106,9 @@ def test_the_map_shows_how_sure_the_best_prompts_are(ppt, segmenter):
     expected = np.zeros((80, 50))
     for k, score in enumerate(prompts.score_logits[0].sigmoid().tolist()):  # 4 queries, all of which are shown
         points = prompts.points[0, k] * torch.tensor([50, 80])
-        labels = torch.from_numpy(signs(prompts.label_logits[0, k].numpy()))
+        decoded = ask(ppt, embedded, points, signs(prompts.label_logits[0, k].numpy()))
         with torch.no_grad():
-            logits = trusted(segmenter.decode(embedded, points[None], labels[None]))[None, None]
+            logits = trusted(decoded)[None, None]
             logits = segmenter.sam.postprocess_masks(logits, embedded.input_size, embedded.original_size)
         expected = np.maximum(expected, score * logits[0, 0].sigmoid().numpy())
     np.testing.assert_allclose(prediction.response_map, expected, atol=1e-4)
@@ -173,11 +190,11 @@ def test_segment_takes_a_file_of_weights(models, ppt, clip, tmp_path):
     path = tmp_path / "mine.safetensors"
     save_generator(spread(tiny_generator()), clip, path)
     image = picture((70, 40), 6)
-    prediction = segment(image, "the red dog", method="ppt", weights=str(path))
+    prediction = segment(image, "the red dog", method="ppt", weights=str(path), negatives=ppt.negatives)
     (expected,) = ppt.predict(image, ["the red dog"])
     np.testing.assert_allclose(prediction.points, expected.points, atol=0.5)  # 16-bit floats
     assert prediction.score == pytest.approx(expected.score, abs=0.01)
-    on_paper = segment(image, "the red dog", method="ppt", stack="paper", weights=str(path))
+    on_paper = segment(image, "the red dog", method="ppt", stack="paper", weights=str(path), negatives=ppt.negatives)
     assert np.array_equal(on_paper.mask, prediction.mask)
 
 

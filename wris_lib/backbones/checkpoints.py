@@ -71,6 +71,7 @@ STACKS = {
             clip=ClipCheckpoint(model_name="wris-toy", file="clip.safetensors", dense_size=256, surgery_from=2),
             sam=SamCheckpoint(model_type="wris_toy", file="sam.safetensors"),
             parser=Checkpoint(file="parser.msgpack"),
+            ppt=Checkpoint(file="ppt.safetensors"),
         ),
         Stack(
             "paper",

@@ -28,30 +28,41 @@ SHOWN = 4  # prompts, those with the highest scores, of which SAM makes masks; t
 
 
 class Ppt(Method):
-    """The point generator prompts SAM, and its score chooses."""
+    """The point generator prompts SAM, and its score chooses.
 
-    variants: ClassVar[dict[str, dict[str, Hashable]]] = {"": {}}
+    The paper shows SAM positive and negative points. Ours are positive only: of the negative points that our generator
+    proposes many lie on the object (`results/ppt.json` compares the two).
+
+    Args:
+        clip: frozen.
+        sam: frozen.
+        generator: trained.
+        negatives: show SAM the negative points too.
+    """
+
+    variants: ClassVar[dict[str, dict[str, Hashable]]] = {"": {}, "negatives": {"negatives": True}}
     parts: ClassVar[tuple[str, ...]] = ("clip", "sam", "ppt")
 
-    def __init__(self, clip: Clip, sam: Segmenter, generator: PointGenerator) -> None:
-        self.clip, self.sam = clip, sam
+    def __init__(self, clip: Clip, sam: Segmenter, generator: PointGenerator, negatives: bool = False) -> None:
+        self.clip, self.sam, self.negatives = clip, sam, negatives
         self.generator = generator.eval().requires_grad_(False).to(sam.device)
 
     @classmethod
-    def load(cls, stack: str, weights: str | None = None, device: str | None = None) -> "Ppt":
+    def load(cls, stack: str, weights: str | None = None, device: str | None = None, negatives: bool = False) -> "Ppt":
         """Build the method from a stack's CLIP and SAM and a trained generator.
 
         Args:
             stack: "toy" or "paper".
             weights: a file that `train ppt` wrote; by default the stack's, which only the toy stack has.
             device: such as "cpu"; by default the GPU if there is any.
+            negatives: show SAM the negative points too.
 
         Raises:
             WrisError: no such stack; weights are missing, damaged, or were trained with another CLIP.
         """
         clip = load_clip(stack, device)
         path = find_weights(get_stack(stack)) if weights is None else Path(weights)
-        return cls(clip, load_sam(stack, device), load_generator(path, clip))
+        return cls(clip, load_sam(stack, device), load_generator(path, clip), negatives)
 
     @torch.no_grad()
     def predict(self, image: Image.Image, expressions: list[str]) -> list[Prediction]:
@@ -76,7 +87,8 @@ class Ppt(Method):
         side = self.sam.sam.image_encoder.img_size
         height, width = embedded.input_size
         extents = torch.tensor([[width / side, height / side]], device=self.sam.device)
-        return prompt_sam(self.sam, embedded.embedding, prompts.points[0], prompts.label_logits[0], extents)
+        asked = (prompts.points[0], prompts.label_logits[0])
+        return prompt_sam(self.sam, embedded.embedding, *asked, extents, negatives=self.negatives)
 
     def _segment(self, embedded: SamImage, prompts: PointPrompts) -> Prediction:
         height, width = embedded.original_size
@@ -102,7 +114,8 @@ class Ppt(Method):
             Stage("best prompt", f"its score is {values[0]:.2f}", points=points[0], point_labels=labels[0]),
             Stage("masks", f"of the {len(masks)} prompts with the highest scores", masks=masks, scores=values),
         ]
-        return Prediction(masks[0], response.cpu().numpy(), points[0], labels[0], float(values[0]), trace)
+        shown = (labels[0] == 1) | self.negatives
+        return Prediction(masks[0], response.cpu().numpy(), points[0][shown], labels[0][shown], float(values[0]), trace)
 
 
 def _row(prompts: PointPrompts, expression: int) -> PointPrompts:

@@ -35,6 +35,7 @@ def prompt_sam(
     label_logits: Float[Tensor, "P M"],
     extents: Float[Tensor, "#P 2"],
     blend: bool = False,
+    negatives: bool = True,
 ) -> SamMasks:
     """Masks of P prompts, decoded in one batch. SAM is frozen; gradients reach the points.
 
@@ -50,6 +51,7 @@ def prompt_sam(
         blend: SAM has one embedding for positive points and one for negative ones. False: `point_labels` chooses, and
             the choice has no gradient, so that labels are trained by their own loss only. True: they are mixed,
             r · positive + (1 − r) · negative, and gradients of the mask reach the labels too.
+        negatives: False: SAM is not told of negative points.
 
     Returns:
         Logits and predicted IoU of all four mask tokens, see `best_logits`.
@@ -57,6 +59,8 @@ def prompt_sam(
     sam = segmenter.sam
     pixels = points * extents[:, None] * sam.image_encoder.img_size
     labels = point_labels(label_logits)
+    if not negatives:
+        labels = 2 * labels - 1  # -1 is SAM's padding
     if not blend:
         return SamMasks(*decode_prompts(sam, embeddings, pixels, labels, None))
     with torch.autocast(embeddings.device.type, enabled=False):
