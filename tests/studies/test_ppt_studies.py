@@ -530,7 +530,7 @@ def test_seconds_an_expression(data, segmenter, monkeypatch):
     monkeypatch.setattr(studies, "time", SimpleNamespace(perf_counter=clock.__next__))
     generator = test_ppt_training.tiny_generator()
     before = [parameter.clone() for parameter in generator.parameters()]
-    assert studies._seconds_an_expression(data, generator, segmenter, 3) == 2
+    assert studies._seconds_an_expression(data, data.of(["H_sem"]), generator, segmenter, 3) == 2
     assert all(torch.equal(a, b) for a, b in zip(before, generator.parameters(), strict=True))  # measured, not trained
 
 
@@ -544,10 +544,10 @@ def speed(clip, segmenter, monkeypatch, tmp_path):
     monkeypatch.setattr(studies, "configure", lambda clip: CONFIG)
     monkeypatch.setattr(studies.data, "load_training", lambda split: SimpleNamespace(items=[]))
     monkeypatch.setattr(studies.datasets, "candidates", lambda *given: PARTS[0])
-    measured, seconds = [], iter([0.1, 0.25])
+    measured, seconds = [], iter([0.1, 0.25, 1.2])
 
-    def measure(encoded, generator, segmenter, steps):
-        measured.append((encoded, generator))
+    def measure(encoded, expressions, generator, segmenter, steps):
+        measured.append((encoded, expressions, generator))
         return next(seconds)
 
     monkeypatch.setattr(studies, "_seconds_an_expression", measure)
@@ -557,18 +557,30 @@ def speed(clip, segmenter, monkeypatch, tmp_path):
 
 def test_what_the_cache_saves(speed):
     results, _ = speed
-    check_form(results, "train ppt --cache-speed", [0], ratio=2.5)
+    ratios = {"cached": 1.0, "computed anew": 2.5, "computed anew for each expression": 12.0}
+    check_form(results, "train ppt --cache-speed", [0], ratios=ratios)
     assert results["rows"] == [  # of seven expressions
         {"name": "cached", "metrics": {"ms an expression": 100.0, "seconds an epoch": 0.7}},
         {"name": "computed anew", "metrics": {"ms an expression": 250.0, "seconds an epoch": 1.8}},
+        {
+            "name": "computed anew for each expression",
+            "metrics": {"ms an expression": 1200.0, "seconds an epoch": 8.4},
+        },
     ]
 
 
 def test_both_kinds_compute_the_same(speed, segmenter):
     _, measured = speed
     losses = []
-    for encoded, generator in measured:
-        batches = Batches(encoded, encoded.of(["H_sem"]), CONFIG.points, 0)
+    for encoded, expressions, generator in measured[:2]:
+        assert expressions.tolist() == list(range(7))
+        batches = Batches(encoded, expressions, CONFIG.points, 0)
         loss = training_loss(segmenter, LossWeights(), blend=False)
         losses.append([loss(generator, batches(number), 0)["loss"].item() for number in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) == 3
+
+
+def test_the_last_kind_has_one_expression_an_image(speed):
+    encoded, expressions, _ = speed[1][2]
+    images = encoded.labels.image[expressions]
+    assert sorted(images) == sorted(set(encoded.labels.image))

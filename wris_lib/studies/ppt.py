@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -310,7 +311,9 @@ class _Live(FeatureStore):
 def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
     """Seconds an epoch of H with features from the cache and with features computed anew. Writes `ppt_cache.json`.
 
-    Both are measured in one run, first the cache, over the same batches, and scaled to an epoch: every expression once.
+    All are measured in one run, first the cache, and scaled to an epoch: every expression once. Our batches gather the
+    expressions of an image, so that even without a cache it is encoded once for all of them. The paper's do not: its
+    batches of single expressions are the last kind.
 
     Args:
         steps: of each kind.
@@ -323,7 +326,7 @@ def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
     rows = h.images, h.images, texts(unique.tolist())
     labels = h.labels.with_referents(np.zeros_like(h.labels.referent))  # any: an epoch is to be as long as all of H
     seconds, generator = {}, None
-    for kind in ("cached", "computed anew"):
+    for kind in ("cached", "computed anew", "computed anew for each expression"):
         make = open_features if kind == "cached" else _Live
         patches, embeddings, words = (make(*pair) for pair in zip(encoders, rows, strict=True))
         joined = JoinedStores([patches]), JoinedStores([embeddings])
@@ -331,7 +334,9 @@ def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
             labels, np.full(len(word), H_SEM), *joined, words, word, clip.text_features([""])[0].cpu()
         )
         generator = generator or start(config, 0, encoded)
-        seconds[kind] = _seconds_an_expression(encoded, generator, segmenter, steps)
+        one_an_image = np.unique(labels.image, return_index=True)[1]
+        chosen = one_an_image if kind.endswith("each expression") else np.arange(len(word))
+        seconds[kind] = _seconds_an_expression(encoded, chosen, generator, segmenter, steps)
     results = [
         {
             "name": kind,
@@ -339,15 +344,21 @@ def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
         }
         for kind, each in seconds.items()
     ]
-    ratio = round(seconds["computed anew"] / seconds["cached"], 1)
-    _write(folder / "ppt_cache.json", "train ppt --cache-speed", [0], results, ratio=ratio)
+    ratios = {kind: round(each / seconds["cached"], 1) for kind, each in seconds.items()}
+    _write(folder / "ppt_cache.json", "train ppt --cache-speed", [0], results, ratios=ratios)
 
 
-def _seconds_an_expression(encoded: TrainingData, generator: PointGenerator, segmenter: Segmenter, steps: int) -> float:
-    """Of a step of training; the median of some."""
+def _seconds_an_expression(
+    encoded: TrainingData,
+    expressions: Int[np.ndarray, " n"],
+    generator: PointGenerator,
+    segmenter: Segmenter,
+    steps: int,
+) -> float:
+    """Of a step of training with some of the expressions; the median of some steps."""
     training, found = Training(), []
     loss = training_loss(segmenter, training.weights, training.blend)
-    batches = Batches(encoded, encoded.of(["H_sem"]), generator.config.points, 0)
+    batches = Batches(encoded, expressions, generator.config.points, 0)
     generator.to(segmenter.device)
     for step in range(-1, steps):  # the first only warms up
         begin = time.perf_counter()
