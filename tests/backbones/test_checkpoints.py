@@ -326,10 +326,8 @@ def test_what_has_not_been_fetched_is_said_so(tmp_path: Path, monkeypatch) -> No
 
 def test_files_of_a_stack_are_all_its_parts_but_packages() -> None:
     toy, paper = STACKS["toy"], STACKS["paper"]
-    assert toy.checkpoints == (toy.clip, toy.sam, toy.parser)
+    assert toy.checkpoints == (toy.clip, toy.sam, toy.parser, toy.ppt)
     assert paper.checkpoints == (paper.clip, paper.sam) and paper.parser == "en_core_web_sm"
-    with_generator = replace(toy, ppt=Checkpoint(file="ppt.safetensors"))
-    assert with_generator.checkpoints == (*toy.checkpoints, with_generator.ppt)
 
 
 def test_every_downloaded_file_has_a_hash_a_size_a_licence_and_two_sources() -> None:
