@@ -64,7 +64,7 @@ class GeneratorConfig:
             )
 
 
-# The paper counts 20.7 million trainable parameters; these are 20.4. It gives N, and d = 64 and 8 heads of the fusion.
+# The paper counts 20.7 million trainable parameters; these are 20.5. It gives N, and d = 64 and 8 heads of the fusion.
 # The other sizes are guesses: K and M, queries as wide as CLIP's visual tokens, a feed-forward layer of 1024.
 PAPER = GeneratorConfig(
     stages=(4, 8, 12),
