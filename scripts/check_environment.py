@@ -13,7 +13,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/backbones/test_clip.py", "tests/backbones/test_sam.py", "tests/data", "tests/test_methods.py"]
+TESTS = [
+    *(f"tests/backbones/test_{part}.py" for part in ("clip", "sam", "llm")),
+    "tests/data",
+    "tests/test_methods.py",
+]
 
 
 def main() -> int:

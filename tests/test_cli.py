@@ -210,7 +210,7 @@ def test_a_negative_seed_is_refused(study: list[str], trained: dict[str, Recorde
         main(["train", "ppt", *study, "--seed", "-1"])
 
 
-@pytest.mark.parametrize("model", ["clip", "sam", "parser"])
+@pytest.mark.parametrize("model", ["clip", "sam", "parser", "t5"])
 def test_pretrain(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(f"wris_lib.pretrain.{model}.main", trained := Recorder())
     assert main(["pretrain", model]) == 0

@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     studies.add_argument("--cache-speed", action="store_true", help="instead: an epoch with and without the cache")
 
     trained = add(pretrain, "train a toy model from scratch")
-    trained.add_argument("model", choices=["clip", "sam", "parser"])
+    trained.add_argument("model", choices=["clip", "sam", "parser", "t5"])
     trained.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
     trained.add_argument("--folder", type=Path, metavar="FOLDER", help="for checkpoints and trials (in the cache)")
 
@@ -166,8 +166,8 @@ def train(options: argparse.Namespace) -> None:
 
 
 def pretrain(options: argparse.Namespace) -> None:
-    """Train a toy model from scratch. CLIP and SAM go on at their last checkpoint when a run was stopped; the parser is
-    trained in minutes."""
+    """Train a toy model from scratch. A run that was stopped goes on at its last checkpoint; the parser, which takes
+    minutes, begins anew."""
     main = resolve_name(f"wris_lib.pretrain.{options.model}:main")
     given = {"steps": options.steps, "folder": options.folder}
     main(**{name: value for name, value in given.items() if value is not None})

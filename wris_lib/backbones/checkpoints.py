@@ -54,12 +54,15 @@ class Stack:
     clip: ClipCheckpoint
     sam: SamCheckpoint
     parser: Checkpoint | str  # a str names a spaCy pipeline, which comes as a package: see `spacy_download`
+    llm: Checkpoint | str  # a str names a model on the Hugging Face hub: see `llm.local_llm`
     ppt: Checkpoint | None = None  # PPT's point generator; nobody has published one for the papers' models
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The stack's files of weights."""
-        return tuple(part for part in (self.clip, self.sam, self.parser, self.ppt) if isinstance(part, Checkpoint))
+        return tuple(
+            part for part in (self.clip, self.sam, self.parser, self.llm, self.ppt) if isinstance(part, Checkpoint)
+        )
 
 
 STACKS = {
@@ -72,6 +75,7 @@ STACKS = {
             sam=SamCheckpoint(model_type="wris_toy", file="sam.safetensors"),
             parser=Checkpoint(file="parser.msgpack"),
             ppt=Checkpoint(file="ppt.safetensors"),
+            llm=Checkpoint(file="t5.safetensors"),
         ),
         Stack(
             "paper",
@@ -103,6 +107,7 @@ STACKS = {
                 licence="Apache-2.0",
             ),
             parser="en_core_web_sm",
+            llm="google/flan-t5-base",
         ),
     )
 }

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, UInt8
 from open_clip.model import resize_pos_embed
 from open_clip.tokenizer import bytes_to_unicode
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_toy_weights
@@ -204,7 +204,7 @@ def grow(small: open_clip.CLIP, large: open_clip.CLIP) -> None:
     large.load_state_dict(state)
 
 
-def export(model: open_clip.CLIP, path: Path) -> None:
+def export(model: nn.Module, path: Path) -> None:
     """Write weights as float16 safetensors and record their hash."""
     state = {name: value.detach().half().contiguous().cpu() for name, value in model.state_dict().items()}
     with atomic_write(path) as file:
