@@ -204,6 +204,27 @@ def test_a_study_refuses_what_it_does_not_heed(flags: list[str], trained: dict[s
     assert flags[0] in capsys.readouterr().err and called(trained) == {}
 
 
+@pytest.mark.parametrize("method", ["pcnet", "tris"])
+def test_train_pcnet(method: str, trained: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("wris_lib.methods.pcnet.run.main", run := Recorder())
+    assert main(["train", method]) == 0
+    assert run.positional == (method, "toy", None, None, 0, None)
+    assert main(["train", method, "--data", "refcocog:train", "--steps", "7", "--stack", "paper", "--folder", "x"]) == 0
+    assert run.positional == (method, "paper", "refcocog:train", 7, 0, Path("x"))
+    assert main(["train", method, "--objects", "pictures"]) == 2
+    assert "learns nothing from object-centric pictures; leave out --objects" in capsys.readouterr().err
+    assert called(trained) == {}
+
+
+def test_pcnet_s_study(trained: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("wris_lib.studies.pcnet.ablation", study := Recorder())
+    assert main(["train", "pcnet", "--ablation", "--seed", "1"]) == 0
+    assert study.positional == (None, (1,)) and called(trained) == {}
+    assert main(["train", "tris", "--ablation"]) == main(["train", "pcnet", "--cache-speed"]) == 2
+    assert "--ablation is a study of ppt and pcnet, not of tris" in (error := capsys.readouterr().err)
+    assert "--cache-speed is a study of ppt, not of pcnet" in error
+
+
 @pytest.mark.parametrize("study", [[], ["--ablation"]])
 def test_a_negative_seed_is_refused(study: list[str], trained: dict[str, Recorder]):
     with pytest.raises(SystemExit, match="2"):

@@ -18,6 +18,7 @@ Weakly-supervised referring image segmentation, to read and to run.
   python -m wris_lib segment photo.jpg "the dog on the left" --out overlay.png
 """
 STACK_HELP = 'models to use: "toy", which come with the course (default), or "paper", see `fetch`'
+STUDIES = {"ablation": ("ppt", "pcnet"), "study": ("ppt",), "pseudo_labels": ("ppt",), "cache_speed": ("ppt",)}
 SPLITS = "toyobjects:val toyref:val toyref+:val toyrefg:val"
 
 
@@ -79,18 +80,18 @@ def build_parser() -> argparse.ArgumentParser:
     measured.add_argument("--stack", help=STACK_HELP)
 
     learned = add(train, "train a method without any mask")
-    learned.add_argument("method", choices=["ppt"])
-    learned.add_argument("--data", metavar="SPLIT", help="sentences (toyref:train)")
-    learned.add_argument("--objects", type=Path, metavar="FOLDER", help="object-centric pictures (ToyObjects)")
+    learned.add_argument("method", choices=["ppt", "tris", "pcnet"])
+    learned.add_argument("--data", metavar="SPLIT", help="sentences (toyref:train, for pcnet also toyrefg:train)")
+    learned.add_argument("--objects", type=Path, metavar="FOLDER", help="ppt: object-centric pictures (ToyObjects)")
     learned.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
     learned.add_argument("--seed", type=natural, help="of all that is drawn (0); of a study only this one, not three")
     learned.add_argument("--folder", type=Path, help="where checkpoints are kept (in the cache)")
     learned.add_argument("--stack", help=STACK_HELP)
     studies = learned.add_mutually_exclusive_group()
-    studies.add_argument("--ablation", action="store_true", help="instead: the paper's Table 3, into results/")
-    studies.add_argument("--study", action="store_true", help="instead: K, M and the loss, one change at a time")
-    studies.add_argument("--pseudo-labels", action="store_true", help="instead: how good the pseudo-labels are")
-    studies.add_argument("--cache-speed", action="store_true", help="instead: an epoch with and without the cache")
+    studies.add_argument("--ablation", action="store_true", help="instead: the paper's study of components")
+    studies.add_argument("--study", action="store_true", help="instead, ppt: K, M and the loss, one change at a time")
+    studies.add_argument("--pseudo-labels", action="store_true", help="instead, ppt: how good the pseudo-labels are")
+    studies.add_argument("--cache-speed", action="store_true", help="instead, ppt: an epoch with and without the cache")
 
     trained = add(pretrain, "train a toy model from scratch")
     trained.add_argument("model", choices=["clip", "sam", "parser", "t5"])
@@ -145,24 +146,35 @@ def train(options: argparse.Namespace) -> None:
     """Train a method on expressions without masks. A run that was stopped goes on where it was; a study's trainings
     are shared by as many processes as are started with the same command."""
     from wris_lib.backbones.checkpoints import get_stack
-    from wris_lib.methods.ppt import run
-    from wris_lib.studies import ppt as studies
+    from wris_lib.studies.common import SEEDS
 
-    names = ("ablation", "study", "pseudo_labels", "cache_speed")
-    if chosen := next((name for name in names if getattr(options, name)), None):
-        unused = ["data", "objects", "folder", "stack", *(["steps", "seed"] if chosen in names[2:] else [])]
+    method = options.method
+    chosen = next((name for name in STUDIES if getattr(options, name)), None)
+    if chosen and method not in STUDIES[chosen]:
+        raise WrisError(f"--{chosen.replace('_', '-')} is a study of {' and '.join(STUDIES[chosen])}, not of {method}.")
+    if chosen:
+        over_seeds = chosen in ("ablation", "study")
+        unused = ["data", "objects", "folder", "stack", *([] if over_seeds else ["steps", "seed"])]
         if given := [f"--{name}" for name in unused if getattr(options, name) is not None]:
             raise WrisError(f"--{chosen.replace('_', '-')} has settings of its own; leave out {', '.join(given)}.")
-    if options.pseudo_labels:
-        studies.pseudo_labels()
-    elif options.cache_speed:
-        studies.cache_speed()
-    elif options.ablation or options.study:
-        seeds = studies.SEEDS if options.seed is None else (options.seed,)
-        (studies.ablation if options.ablation else studies.study)(options.steps, seeds)
+        study = resolve_name(f"wris_lib.studies.{method}:{chosen}")
+        if over_seeds:
+            study(options.steps, SEEDS if options.seed is None else (options.seed,))
+        else:
+            study()
+        return
+    stack = get_stack(options.stack).name
+    if method == "ppt":
+        from wris_lib.methods.ppt import run
+
+        data = options.data or run.TOY_DATA
+        run.main(stack, data, options.objects, options.steps, options.seed or 0, options.folder)
     else:
-        stack = get_stack(options.stack).name
-        run.main(stack, options.data or run.TOY_DATA, options.objects, options.steps, options.seed or 0, options.folder)
+        from wris_lib.methods.pcnet import run
+
+        if options.objects:
+            raise WrisError(f"{method} learns nothing from object-centric pictures; leave out --objects.")
+        run.main(method, stack, options.data, options.steps, options.seed or 0, options.folder)
 
 
 def pretrain(options: argparse.Namespace) -> None:

@@ -290,7 +290,7 @@ def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
     if row.method:
         parts = get_method(row.method).parts
         code += Path(inspect.getfile(get_method(row.method))).parent.glob("*.py")
-    checkpoints = [part for name in parts if (part := getattr(get_stack(stack), name))]
+    used = [part for name in parts if (part := getattr(get_stack(stack), name))]
     images = {path: sha256(path) for path in dict.fromkeys(item.image_path for item in items)}
     samples = [
         (images[item.image_path], item.expression, item.kind, item.annotation, item.neighbours) for item in items
@@ -298,7 +298,7 @@ def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
     content = {
         "row": (row.name, row.method, sorted(row.options.items())),
         "samples": samples,
-        "weights": [sha256(checkpoint_path(checkpoint)) for checkpoint in checkpoints],
+        "weights": [part if isinstance(part, str) else sha256(checkpoint_path(part)) for part in used],
         "code": [sha256(path) for path in sorted(code)],
         "versions": versions(),
         "device": device_name(),

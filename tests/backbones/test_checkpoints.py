@@ -326,7 +326,7 @@ def test_what_has_not_been_fetched_is_said_so(tmp_path: Path, monkeypatch) -> No
 
 def test_files_of_a_stack_are_all_its_parts_but_packages() -> None:
     toy, paper = STACKS["toy"], STACKS["paper"]
-    assert toy.checkpoints == (toy.clip, toy.sam, toy.parser, toy.llm, toy.ppt)
+    assert toy.checkpoints == (toy.clip, toy.sam, toy.parser, toy.llm, toy.ppt, toy.tris, toy.pcnet)
     assert paper.checkpoints == (paper.clip, paper.sam) and paper.parser == "en_core_web_sm"
 
 

@@ -29,8 +29,10 @@ from wris_lib.methods.ppt.labels import UNKNOWN, Collector
 from wris_lib.methods.ppt.loss import LossWeights
 from wris_lib.methods.ppt.pseudo import LabelledImages
 from wris_lib.methods.ppt.training import Batches, training_loss
+from wris_lib.studies import common
 from wris_lib.studies import ppt as studies
-from wris_lib.studies.ppt import Run, Runner, do_all, row
+from wris_lib.studies.common import row
+from wris_lib.studies.ppt import Run, Runner
 
 tokenizer, clip = test_clip.tokenizer, test_ppt_training.clip
 segmenter, data = test_ppt_training.segmenter, test_ppt_training.data
@@ -263,6 +265,10 @@ def fake(weights, monkeypatch) -> type[FakeRunner]:
     return FakeRunner
 
 
+def do_all(runs: list[Run]) -> None:
+    common.do_all(runs, lambda: FakeRunner().do)
+
+
 def seeds(count: int) -> list[Run]:
     return [replace(RUN, training=Training(seed=seed)) for seed in range(count)]
 
@@ -313,7 +319,7 @@ def test_what_another_has_finished_meanwhile_costs_nothing(fake, monkeypatch):
                 waits.set()
             return super().acquire(*arguments, **options)
 
-    monkeypatch.setattr(studies, "FileLock", Lock)
+    monkeypatch.setattr(common, "FileLock", Lock)
     RUN.folder.mkdir(parents=True)
     with FileLock(RUN.folder / ".lock"):
         thread = threading.Thread(target=do_all, args=([RUN],))

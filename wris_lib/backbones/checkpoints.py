@@ -55,14 +55,16 @@ class Stack:
     sam: SamCheckpoint
     parser: Checkpoint | str  # a str names a spaCy pipeline, which comes as a package: see `spacy_download`
     llm: Checkpoint | str  # a str names a model on the Hugging Face hub: see `llm.local_llm`
-    ppt: Checkpoint | None = None  # PPT's point generator; nobody has published one for the papers' models
+    # Trained by this library; nobody has published any for the papers' models.
+    ppt: Checkpoint | None = None  # PPT's point generator
+    tris: Checkpoint | None = None  # what L_cls alone learns
+    pcnet: Checkpoint | None = None  # PCNet's referring module
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The stack's files of weights."""
-        return tuple(
-            part for part in (self.clip, self.sam, self.parser, self.llm, self.ppt) if isinstance(part, Checkpoint)
-        )
+        parts = (self.clip, self.sam, self.parser, self.llm, self.ppt, self.tris, self.pcnet)
+        return tuple(part for part in parts if isinstance(part, Checkpoint))
 
 
 STACKS = {
@@ -74,8 +76,10 @@ STACKS = {
             clip=ClipCheckpoint(model_name="wris-toy", file="clip.safetensors", dense_size=256, surgery_from=2),
             sam=SamCheckpoint(model_type="wris_toy", file="sam.safetensors"),
             parser=Checkpoint(file="parser.msgpack"),
-            ppt=Checkpoint(file="ppt.safetensors"),
             llm=Checkpoint(file="t5.safetensors"),
+            ppt=Checkpoint(file="ppt.safetensors"),
+            tris=Checkpoint(file="tris.safetensors"),
+            pcnet=Checkpoint(file="pcnet.safetensors"),
         ),
         Stack(
             "paper",

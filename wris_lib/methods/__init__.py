@@ -25,6 +25,8 @@ from wris_lib.errors import WrisError
 METHODS = {
     "clip_sam": "wris_lib.methods.clip_sam:ClipSam",
     "ppt": "wris_lib.methods.ppt:Ppt",
+    "tris": "wris_lib.methods.pcnet:Tris",
+    "pcnet": "wris_lib.methods.pcnet:PcNet",
 }
 
 
@@ -109,7 +111,7 @@ def _load(cls: type[Method], stack: str, options: tuple[tuple[str, Hashable], ..
     return cls.load(stack, **dict(options))
 
 
-def load_method(name: str, stack: str | None = None, **options: Hashable) -> Method:
+def load_method(name: str, stack: str | None = None, **options: Hashable | list) -> Method:
     """A method, ready to predict. The two used last are kept in memory.
 
     Args:
@@ -124,7 +126,8 @@ def load_method(name: str, stack: str | None = None, **options: Hashable) -> Met
     known = [option for option in inspect.signature(cls.load).parameters if option != "stack"]
     if unknown := [option for option in options if option not in known]:
         raise WrisError(f"{name} has no option {unknown[0]!r}; it has: {', '.join(known) or 'none'}.")
-    return _load(cls, get_stack(stack).name, tuple(sorted(options.items())))
+    hashable = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
+    return _load(cls, get_stack(stack).name, tuple(sorted(hashable.items())))
 
 
 def segment(
@@ -132,7 +135,7 @@ def segment(
     expression: str | list[str],
     method: str = "clip_sam",
     stack: str | None = None,
-    **options: Hashable,
+    **options: Hashable | list,
 ) -> Prediction | list[Prediction]:
     """Find the object that an expression refers to.
 

@@ -1,8 +1,4 @@
-"""PPT's studies: the paper's Table 3, choices of sizes, the quality of pseudo-labels, and what the cache saves.
-
-A study is a list of trainings, each with a folder of its own in the cache. Start the same command in several processes
-and they divide the trainings among themselves; stop it, and it goes on where it was.
-"""
+"""PPT's studies: the paper's Table 3, choices of sizes, the quality of pseudo-labels, and what the cache saves."""
 
 import copy
 import hashlib
@@ -11,13 +7,11 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
@@ -35,7 +29,6 @@ from wris_lib.backbones.sam import Segmenter, load_sam
 from wris_lib.data import toyworld
 from wris_lib.data.images import load_image
 from wris_lib.data.objects import ObjectImages
-from wris_lib.evaluate import Record
 from wris_lib.files import cache_dir, sha256, write_json
 from wris_lib.methods import ppt
 from wris_lib.methods.clip_sam import ClipSam
@@ -49,11 +42,10 @@ from wris_lib.methods.ppt.run import TOY_DATA, configure, load_data
 from wris_lib.methods.ppt.training import H_SEM, Batches, TrainingData, start, training_loss
 from wris_lib.methods.ppt.vision import visual_encoder
 from wris_lib.report import RESULTS
+from wris_lib.studies.common import LIMIT, SEEDS, do_all, row, write
 from wris_lib.train import move
 
-SEEDS = (0, 1, 2)
 PAPERS_WAY = 200  # images whose candidates are also made as in the paper
-LIMIT = 1000  # expressions of a split, at least; those of whole images, the same for every row
 BASELINE = "1 CLIP + SAM"
 OTHER_SPLITS = ("toyref+:val", "toyrefg:val")
 # Row -> curriculum, and the last stage that counts. Rows 3 and 4 are row 5 before its end.
@@ -137,23 +129,6 @@ class Runner:
                         write_json(path, benchmark.measure(benchmark.predictor(method), data.load(split).items, LIMIT))
 
 
-def do_all(runs: Sequence[Run]) -> None:
-    """All runs, those first that no other process is at; then wait for the others."""
-    runner = None
-    for timeout in (0, -1):
-        for run in runs:
-            if run.finished:
-                continue
-            run.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with FileLock(run.folder / ".lock", timeout=timeout):
-                    if not run.finished:  # by whom this one has waited for
-                        runner = runner or Runner()
-                        runner.do(run)
-            except Timeout:
-                continue
-
-
 def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
     """The nine rows of PPT's Table 3 on ToyRef val, rows 1 and 5 also on ToyRef+ and ToyRefg.
 
@@ -171,7 +146,7 @@ def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Pat
             splits = ("toyref:val", *OTHER_SPLITS) if name == FULL else ("toyref:val",)
             wanted.setdefault((curriculum, seed), {})[stage] = splits
     runs = {key: Run(key[0], config, _training(steps, key[1]), stages) for key, stages in wanted.items()}
-    do_all(sorted(runs.values(), key=lambda run: run.training.seed))
+    do_all(sorted(runs.values(), key=lambda run: run.training.seed), lambda: Runner().do)
     rows = []
     for split in ("toyref:val", *OTHER_SPLITS):
         rows.append(row(BASELINE, split, [benchmark.records("clip_sam surgery", split, LIMIT, stack="toy")]))
@@ -179,7 +154,7 @@ def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Pat
         for split in runs[curriculum, seeds[0]].stages[stage]:
             every = [json.loads(runs[curriculum, seed].records(stage, split).read_text()) for seed in seeds]
             rows.append(row(name, split, every))
-    _write(folder / "ppt_ablation.json", "train ppt --ablation", seeds, rows, steps=_training(steps, 0).steps)
+    write(folder / "ppt_ablation.json", "train ppt --ablation", seeds, rows, steps=_training(steps, 0).steps)
 
 
 def study(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
@@ -195,48 +170,16 @@ def study(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path =
         for name, change in STUDIED.items()
         for seed in seeds
     }
-    do_all(sorted(runs.values(), key=lambda run: run.training.seed))
+    do_all(sorted(runs.values(), key=lambda run: run.training.seed), lambda: Runner().do)
     rows = [
         row(name, "toyref:val", [json.loads(runs[name, s].records(3, "toyref:val").read_text()) for s in seeds])
         for name in STUDIED
     ]
-    _write(folder / "ppt_study.json", "train ppt --study", seeds, rows, steps=_training(steps, 0).steps)
+    write(folder / "ppt_study.json", "train ppt --study", seeds, rows, steps=_training(steps, 0).steps)
 
 
 def _training(steps: int | None, seed: int) -> Training:
     return Training(seed=seed) if steps is None else Training(steps=steps, seed=seed)
-
-
-def row(name: str, split: str, seeds: Sequence[list[Record]]) -> dict[str, Any]:
-    """A row of a result: every metric as mean and standard deviation over seeds, overall and by kind of expression."""
-    groups = [evaluate.groups(records) for records in seeds]
-    kinds = {
-        kind: {"n": len(groups[0][kind]), "metrics": _over_seeds([group[kind] for group in groups])}
-        for kind in groups[0]
-    }
-    return {"name": name, "data": split, "n": len(seeds[0]), "metrics": _over_seeds(seeds), "kinds": kinds}
-
-
-def _over_seeds(seeds: Sequence[list[Record]]) -> dict[str, dict[str, Any]]:
-    tables = [evaluate.summarize(records) for records in seeds]
-    found = {}
-    for name in tables[0]:
-        values = [table[name]["mean"] for table in tables]
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        found[name] = {"mean": round(float(np.mean(values)), 2), "std": round(spread, 2), "seeds": values}
-    return found
-
-
-def _write(path: Path, command: str, seeds: Sequence[int], rows: list[dict[str, Any]], **more: Any) -> None:
-    about = {
-        "command": f"python -m wris_lib {command}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": benchmark.device_name(),
-        "seeds": list(seeds),
-        "versions": benchmark.versions(),
-    }
-    write_json(path, about | more | {"rows": rows})
-    print(path)
 
 
 def pseudo_labels(folder: Path = RESULTS) -> None:
@@ -277,7 +220,7 @@ def pseudo_labels(folder: Path = RESULTS) -> None:
             name = "the answer to the only noun phrase" if len(some) == 1 else "the best answer to a noun phrase"
             found.setdefault(f"paper's way: {name}", []).append(best)
     rows += [_quality(name, ious) for name, ious in sorted(found.items())]
-    _write(folder / "ppt_pseudolabels.json", "train ppt --pseudo-labels", [0], rows)
+    write(folder / "ppt_pseudolabels.json", "train ppt --pseudo-labels", [0], rows)
 
 
 def _quality(name: str, ious: Sequence[float]) -> dict[str, Any]:
@@ -345,7 +288,7 @@ def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
         for kind, each in seconds.items()
     ]
     ratios = {kind: round(each / seconds["cached"], 1) for kind, each in seconds.items()}
-    _write(folder / "ppt_cache.json", "train ppt --cache-speed", [0], results, ratios=ratios)
+    write(folder / "ppt_cache.json", "train ppt --cache-speed", [0], results, ratios=ratios)
 
 
 def _seconds_an_expression(

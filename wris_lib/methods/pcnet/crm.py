@@ -1,8 +1,8 @@
 """PCNet's conditional referring module: a sentence is understood cue by cue, and the image is looked at anew each time.
 
     Q_0 sentence   V_0 image
-         │ q_0 "a man"  ────────────┐ stage 0: what of the image answers to the cue changes the sentence, and the
-         ▼                          ▼          sentence changes what is seen
+         │ q_0 "a man"  ────────────┐ stage 0: the cue, and what of the image answers to it, change the sentence, and
+         ▼                          ▼          the sentence changes what is seen
         Q_1, V_1   ──►  score map S_0 = V_1 Q_1ᵀ
          │ q_1 "the man in the white shirt" ──┐ stage 1
          ▼                                    ▼
@@ -10,16 +10,21 @@
 
 Each image meets T sentences with T cues: its own, and those of the other images of the batch, which are wrong for it.
 
+V_0, Q_0 and q_n lie in CLIP's joint space, where patches and texts can be compared. The module begins as the simplest
+thing that its equations can be, and leaves that space only as far as training takes it there: text-to-text attention
+finds in each sentence's own cue itself and adds it, everything else adds nothing.
+
 Source: Yang et al., "Boosting Weakly Supervised Referring Image Segmentation via Progressive Comprehension", NeurIPS
-2024, §3.2 (equations as in the paper; its released code normalises and weakens residuals, see `CrmConfig`).
+2024, §3.2. Equations as in the paper. Its released code makes each change a tenth as large; with that ours hardly
+listened to its cues. As there, everything has length 1 when it comes in.
 
 Shapes: B images, T texts, n visual tokens, C channels, N stages.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,6 +32,7 @@ from torch import Tensor, nn
 from wris_lib.errors import WrisError
 
 MODULATIONS = ("ADD", "TTA", "VTA+ADD", "VTA+TTA")
+SHARPNESS = 20.0  # of attention at the start: softmax(20 · cosine)
 
 
 @dataclass(frozen=True)
@@ -34,42 +40,78 @@ class CrmConfig:
     """Sizes and choices.
 
     Args:
-        visual_channels: of the visual tokens that come in.
-        word_channels: of the sentences and cues that come in.
-        width: C; 1024 in the paper.
+        channels: C, of CLIP's joint space; 1024 in the paper (RN50).
         stages: N. With 0 there is no module: sentences are compared with the image as they are (TRIS).
         modulation: how a cue changes the sentence: "VTA" asks the image what answers to the cue (vision-to-text
             attention), "TTA" lets the sentence attend to cues, "ADD" adds the cue to it.
-        residual: weight of each change; 0.1 in the released code, 1 in the paper's equations.
-        temperature: of the scores, which are cosines; ln(1/0.07) in the released code.
+        temperature: of the scores, which are cosines; ln(1/0.07) = 2.7 in the released code.
 
     Raises:
         WrisError: there is no such modulation.
     """
 
-    visual_channels: int
-    word_channels: int
-    width: int = 128
-    stages: int = 3
-    modulation: str = "VTA+TTA"
-    residual: float = 0.1
-    temperature: float = math.log(1 / 0.07)
+    channels: int
+    stages: int = 2
+    modulation: str = "TTA"
+    temperature: float = 6.0
 
     def __post_init__(self) -> None:
         if self.modulation not in MODULATIONS:
             raise WrisError(f"there is no modulation {self.modulation!r}; choose one of: {', '.join(MODULATIONS)}.")
 
 
-class CrossAttention(nn.Module):
-    """softmax(X W1 (Y W2)ᵀ / √C) Y W3, with one head, as in the paper."""
+class Adapter(nn.Module):
+    """x + Wx + b, of length 1. It begins with W = 0: CLIP's features as they are."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.change = nn.Linear(channels, channels)
+        nn.init.zeros_(self.change.weight)
+        nn.init.zeros_(self.change.bias)
+
+    def forward(self, x: Float[Tensor, "*b C"]) -> Float[Tensor, "*b C"]:
+        return F.normalize(x + self.change(x), dim=-1)
+
+
+class CrossAttention(nn.Module):
+    """softmax(X W1 (Y W2)ᵀ / √C) Y W3, with one head, as in the paper; X and Y of length 1.
+
+    It begins as softmax(20 · X Yᵀ) Y.
+
+    Args:
+        channels: C.
+        silent: begin with W3 = 0 instead.
+    """
+
+    def __init__(self, channels: int, silent: bool = False) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        with torch.no_grad():
+            for layer in (self.query, self.key):
+                layer.weight.copy_((SHARPNESS * channels**0.5) ** 0.5 * torch.eye(channels))
+            self.value.weight.copy_((not silent) * torch.eye(channels))
 
     def forward(self, x: Float[Tensor, "B a C"], y: Float[Tensor, "B b C"]) -> Float[Tensor, "B a C"]:
-        alike = self.query(x) @ self.key(y).transpose(1, 2) / math.sqrt(x.shape[-1])
+        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        alike = self.query(x) @ self.key(y).transpose(1, 2) / x.shape[-1] ** 0.5
         return alike.softmax(dim=-1) @ self.value(y)
+
+
+class Mlp(nn.Module):
+    """Two layers with a ReLU between. It begins as x = ReLU(x) − ReLU(−x), or, `silent`, as 0."""
+
+    def __init__(self, channels: int, silent: bool = False) -> None:
+        super().__init__()
+        self.widen, self.narrow = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+        one = torch.eye(channels)
+        with torch.no_grad():
+            self.widen.weight.copy_(torch.cat([one, -one]))
+            self.narrow.weight.copy_((not silent) * torch.cat([one, -one], dim=1))
+        nn.init.zeros_(self.widen.bias)
+        nn.init.zeros_(self.narrow.bias)
+
+    def forward(self, x: Float[Tensor, "*b C"]) -> Float[Tensor, "*b C"]:
+        return self.narrow(self.widen(x).relu())
 
 
 class CrmStage(nn.Module):
@@ -77,14 +119,13 @@ class CrmStage(nn.Module):
 
     def __init__(self, config: CrmConfig) -> None:
         super().__init__()
-        width = config.width
-        self.residual = config.residual
+        channels = config.channels
         self.vision_to_text, self.text_to_text = config.modulation.startswith("VTA"), config.modulation.endswith("TTA")
         if self.vision_to_text:
-            self.ask_image, self.image_mlp = CrossAttention(width), _mlp(width)
+            self.ask_image, self.image_mlp = CrossAttention(channels), Mlp(channels, silent=True)
         if self.text_to_text:
-            self.ask_cues, self.cues_mlp = CrossAttention(width), _mlp(width)
-        self.ask_sentence = CrossAttention(width)
+            self.ask_cues, self.cues_mlp = CrossAttention(channels), Mlp(channels)
+        self.ask_sentences = CrossAttention(channels, silent=True)
 
     def forward(
         self, visual: Float[Tensor, "B n C"], sentences: Float[Tensor, "B T C"], cues: Float[Tensor, "B T C"]
@@ -96,12 +137,10 @@ class CrmStage(nn.Module):
             sentences: Q.
             cues: q, one for each sentence.
         """
-        visual, sentences, cues = (F.normalize(x, dim=-1) for x in (visual, sentences, cues))
         if self.vision_to_text:
-            cues = cues + self.residual * self.image_mlp(self.ask_image(cues, visual))
-        change = self.cues_mlp(self.ask_cues(sentences, cues)) if self.text_to_text else cues
-        sentences = sentences + self.residual * change
-        return visual + self.residual * self.ask_sentence(visual, sentences), sentences
+            cues = cues + self.image_mlp(self.ask_image(cues, visual))
+        sentences = sentences + (self.cues_mlp(self.ask_cues(sentences, cues)) if self.text_to_text else cues)
+        return visual + self.ask_sentences(visual, sentences), sentences
 
 
 class Crm(nn.Module):
@@ -110,20 +149,19 @@ class Crm(nn.Module):
     def __init__(self, config: CrmConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual_in = nn.Linear(config.visual_channels, config.width)
-        self.text_in = nn.Linear(config.word_channels, config.width)
+        self.visual_in, self.text_in = Adapter(config.channels), Adapter(config.channels)
         self.stages = nn.ModuleList(CrmStage(config) for _ in range(config.stages))
 
     def forward(
         self,
-        visual: Float[Tensor, "B n v"],
-        sentences: Float[Tensor, "B T t"],
-        cues: Sequence[Float[Tensor, "B T t"]],
+        visual: Float[Tensor, "B n C"],
+        sentences: Float[Tensor, "B T C"],
+        cues: Sequence[Float[Tensor, "B T C"]],
     ) -> list[Float[Tensor, "B T n"]]:
-        """S of every stage; without stages the one of the sentences as they are.
+        """S of every stage, between −temperature and temperature; without stages that of the sentences as they are.
 
         Args:
-            visual: tokens of the images.
+            visual: patches of the images in CLIP's joint space.
             sentences: of every image its own and others.
             cues: of each sentence, one for each stage; more are not looked at.
 
@@ -149,7 +187,3 @@ def response_maps(scores: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
     positive = scores.relu()
     low, high = positive.amin(dim=-1, keepdim=True), positive.amax(dim=-1, keepdim=True)
     return (positive - low) / (high - low).clamp(min=1e-6)
-
-
-def _mlp(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))

@@ -67,14 +67,12 @@ def decompose(expressions: Sequence[str], llm: Llm, parser: Parser, count: int =
     prompts = {text: template.format(expression=_one_line(text), count=count) for text in lacking}
     for source, ending in ((FIRST, ""), (SECOND, AGAIN)):
         answers = remembered(llm, [prompts[text] + ending for text in lacking])
-        bar = tqdm(
-            zip(lacking, answers, strict=True), desc=source, total=len(lacking), unit="expr", disable=not lacking
-        )
+        bar = tqdm(zip(lacking, answers, strict=True), desc=source, total=len(lacking), unit="expr", delay=3)
         read = {text: read_answer(answer, text, count) for text, answer in bar}
-        found |= {text: Cues(_repeat(phrases, count), source) for text, phrases in read.items() if phrases}
+        found |= {text: Cues(repeat(phrases, count), source) for text, phrases in read.items() if phrases}
         lacking = [text for text, phrases in read.items() if not phrases]
     for text, parse in zip(lacking, parser.parse(lacking), strict=True):
-        found[text] = Cues(_repeat(parse.noun_phrases, count), PARSER)
+        found[text] = Cues(repeat(parse.noun_phrases, count), PARSER)
     return [found[text] for text in expressions]
 
 
@@ -96,7 +94,7 @@ def read_answer(answer: str, expression: str, count: int) -> list[str] | None:
         if not _PHRASE.fullmatch(phrase) or len(phrase.split()) > MAX_WORDS:
             return None
         phrases.append(phrase)
-    if len(phrases) > count or not _content(expression) & _content(" ".join(phrases)):
+    if len(phrases) > count or not shares_a_word(" ".join(phrases), expression):
         return None
     return phrases
 
@@ -142,10 +140,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
 
 
-def _content(text: str) -> set[str]:
-    """Words that say something."""
-    return set(re.findall(r"\w+", text.lower())) - _FILLERS
+def shares_a_word(phrase: str, expression: str) -> bool:
+    """Whether some word that says something is in both."""
+    first, second = (set(re.findall(r"\w+", text.lower())) - _FILLERS for text in (phrase, expression))
+    return bool(first & second)
 
 
-def _repeat(phrases: Sequence[str], count: int) -> tuple[str, ...]:
+def repeat(phrases: Sequence[str], count: int) -> tuple[str, ...]:
+    """The first `count` phrases; where there are fewer, they come again in their order."""
     return tuple(phrases[number % len(phrases)] for number in range(count))
