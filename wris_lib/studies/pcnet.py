@@ -49,7 +49,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{modulation: ({"modulation": modulation}, {}) for modulation in MODULATIONS},
     **{f"N_d = {n}": ({}, {"others": n}) for n in (1, 2, 3)},
     "RaS as written": ({}, NO_IAD | {"as_written": True}),
-    "IaD as written": ({}, NO_RAS | {"as_written": True}),
+    "IaD of peaks": ({}, NO_RAS | {"as_written": True}),
     "weights of 1": ({}, {"region_shrinking": PAPERS_WEIGHT, "disambiguation": PAPERS_WEIGHT}),
 }
 _ELSEWHERE = (*CLIP_CODE, *SAM_CODE, benchmark.__file__, evaluate.__file__, loop.__file__)

@@ -32,7 +32,8 @@ from wris_lib.errors import WrisError
 from wris_lib.evaluate import peak
 from wris_lib.methods import Method, Prediction, Stage
 from wris_lib.methods.pcnet.crm import Crm, CrmConfig, response_maps
-from wris_lib.methods.pcnet.decompose import CUES, decompose, repeat, shares_a_word
+from wris_lib.methods.pcnet.decompose import CUES, repeat, shares_a_word
+from wris_lib.methods.pcnet.decompose import decompose as find_cues  # under its own name it would hide the module
 from wris_lib.methods.pcnet.vision import see
 
 MASKS = ("sam", "map")
@@ -168,7 +169,7 @@ class PcNet(Method):
         if given is None and self.cues is not None:
             given = [self.cues] * len(expressions)
         if given is None:
-            return [each.phrases[:stages] for each in decompose(expressions, self.llm, self.parser, max(CUES, stages))]
+            return [each.phrases[:stages] for each in find_cues(expressions, self.llm, self.parser, max(CUES, stages))]
         if len(given) != len(expressions):
             raise WrisError(
                 f"there are {len(given)} lists of cues for {len(expressions)} sentences; give one for each."
