@@ -207,6 +207,12 @@ def test_pickled_weights_are_not_opened(tmp_path):
         local_llm(str(tmp_path))
 
 
+def test_a_transformers_that_would_open_pickles_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.26.1")
+    with pytest.raises(WrisError, match="transformers 4.26.1 cannot be told to leave pickled weights alone; for"):
+        local_llm(str(tmp_path))
+
+
 def test_nothing_is_downloaded():
     with pytest.raises(WrisError, match="huggingface-cli download nobody/nothing"):
         local_llm("nobody/nothing")

@@ -111,10 +111,16 @@ def local_llm(name: str) -> LocalLlm:
         name: on the Hugging Face hub, such as "google/flan-t5-base"; or a folder.
 
     Raises:
-        WrisError: it is not on this machine, or transformers cannot load it. Nothing is downloaded here.
+        WrisError: it is not on this machine, or transformers cannot load it, or is too old. Nothing is downloaded here.
     """
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 27):
+        raise WrisError(
+            f"transformers {transformers.__version__} cannot be told to leave pickled weights alone; for language"
+            " models of your own use the environment of `make setup`, or an endpoint."
+        )
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -171,6 +177,7 @@ def toy_tokenizer() -> "transformers.PreTrainedTokenizerFast":
     tokens = [PAD, END, UNKNOWN, LINE, *(f"{number}." for number in range(1, 10)), *wording.vocabulary()]
     numbers = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(numbers, UNKNOWN))
+    tokenizer.add_special_tokens([PAD, END, UNKNOWN])  # transformers 4.26 does not, and would write them out
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("\n", f" {LINE} ")])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(f"$A {END}", special_tokens=[(END, numbers[END])])
