@@ -1,11 +1,11 @@
 """A right answer passes, and each mistake that a learner is likely to make gets its own hint."""
 
-import inspect
 import re
 
 import numpy as np
 import pytest
 
+from tests.wrong_answers import changed
 from wris_lib import exercises
 from wris_lib.methods.clip_sam import points_from_map as library_points_from_map
 
@@ -38,17 +38,6 @@ def classify_failure(prediction, truth, others):
     outside = prediction & ~np.any([truth, *others], axis=0)
     most = max([(prediction & other).sum() for other in others], default=0)
     return "wrong object" if most > inside and most >= outside.sum() else "something else"
-
-
-def changed(function, *replacements):
-    """A right answer with a mistake in it: pairs of old and new text, replaced in the function's source."""
-    source = inspect.getsource(function)
-    for old, new in zip(replacements[::2], replacements[1::2], strict=True):
-        assert old in source
-        source = source.replace(old, new)
-    names = dict(globals())
-    exec(source, names)
-    return names[function.__name__]
 
 
 RIGHT = {

@@ -1,12 +1,12 @@
 """A right answer passes, and each mistake that a learner is likely to make gets its own hint."""
 
-import inspect
 import json
 
 import numpy as np
 import pytest
 
 from tests.test_ablation_figure import MEANS, row
+from tests.wrong_answers import changed
 from wris_lib import exercises_curriculum as exercises
 from wris_lib.methods.ppt.curriculum import mask_ious
 
@@ -32,17 +32,6 @@ def on_the_left(boxes, names, noun, width):
 
 def loses_most():
     return 9
-
-
-def changed(function, *replacements):
-    """A right answer with a mistake in it: pairs of old and new text, replaced in the function's source."""
-    source = inspect.getsource(function)
-    for old, new in zip(replacements[::2], replacements[1::2], strict=True):
-        assert old in source
-        source = source.replace(old, new)
-    names = dict(globals())
-    exec(source, names)
-    return names[function.__name__]
 
 
 RIGHT = {

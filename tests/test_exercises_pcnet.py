@@ -1,11 +1,10 @@
 """The exercises about PCNet: a right answer passes, and each mistake that a learner is likely to make gets its hint."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
 
+from tests.wrong_answers import changed
 from wris_lib import exercises_pcnet as exercises
 from wris_lib.methods.pcnet import loss
 from wris_lib.methods.pcnet.decompose import repeat
@@ -36,17 +35,6 @@ def softmax(scores):
 def disambiguation(own, other):
     one, two = softmax(3 * own), softmax(3 * other)
     return one @ two / (np.linalg.norm(one) * np.linalg.norm(two))
-
-
-def changed(function, *replacements):
-    """A right answer with a mistake in it: pairs of old and new text, replaced in the function's source."""
-    source = inspect.getsource(function)
-    for old, new in zip(replacements[::2], replacements[1::2], strict=True):
-        assert old in source
-        source = source.replace(old, new)
-    names = dict(globals())
-    exec(source, names)
-    return names[function.__name__]
 
 
 RIGHT = {

@@ -1,12 +1,11 @@
 """Notebook 02's exercises: a right answer passes, and each mistake that a learner is likely to make gets its hint."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from tests.wrong_answers import changed
 from wris_lib import exercises_ppt
 from wris_lib.methods.ppt.labels import draw_points as library_draw_points
 from wris_lib.methods.ppt.loss import LossWeights
@@ -51,17 +50,6 @@ def slow_match(costs):
     orders = permutations(range(queries), labels) if queries < 8 else [linear_sum_assignment(costs.T)[1]]
     best = min(orders, key=lambda order: sum(costs[query, label] for label, query in enumerate(order)))
     return {(query, label) for label, query in enumerate(best)}
-
-
-def changed(function, *replacements):
-    """A right answer with a mistake in it: pairs of old and new text, replaced in the function's source."""
-    source = inspect.getsource(function)
-    for old, new in zip(replacements[::2], replacements[1::2], strict=True):
-        assert old in source
-        source = source.replace(old, new)
-    names = dict(globals())
-    exec(source, names)
-    return names[function.__name__]
 
 
 RIGHT = {

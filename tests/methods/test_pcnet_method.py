@@ -250,6 +250,11 @@ def test_cues_that_are_none(build):
         build().predict(image, ["dog"], ["a dog"])
 
 
+def test_cues_that_nobody_reads(clip, segmenter):
+    with pytest.raises(WrisError, match="tris reads no cues; leave them out"):
+        Tris(clip, segmenter, module(stages=0), None, None, cues=["a dog"])
+
+
 def test_a_kind_of_mask_that_is_none(build):
     with pytest.raises(WrisError, match="pcnet makes no masks by 'box'; choose one of: sam, map"):
         build("box")

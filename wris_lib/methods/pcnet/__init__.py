@@ -68,6 +68,8 @@ class PcNet(Method):
     ) -> None:
         if mask not in MASKS:
             raise WrisError(f"{self.name} makes no masks by {mask!r}; choose one of: {', '.join(MASKS)}.")
+        if cues is not None and not crm.config.stages:
+            raise WrisError(f"{self.name} reads no cues; leave them out.")
         self.clip, self.sam, self.llm, self.parser, self.mask = clip, sam, llm, parser, mask
         self.cues = None if cues is None else _checked(cues)
         self.crm = crm.eval().requires_grad_(False).to(clip.device)
@@ -91,8 +93,8 @@ class PcNet(Method):
             device: such as "cpu"; by default the GPU if there is any.
 
         Raises:
-            WrisError: no such stack or kind of mask; empty cues; weights are missing, damaged, or were trained with
-                another CLIP.
+            WrisError: no such stack or kind of mask; empty cues, or cues that nobody reads; weights are missing, damaged,
+                or were trained with another CLIP.
         """
         clip, train = load_clip(stack, device), f"python -m wris_lib train {cls.name}"
         path = find_trained(get_stack(stack), cls.name, train) if weights is None else Path(weights)
