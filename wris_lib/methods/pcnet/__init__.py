@@ -93,8 +93,8 @@ class PcNet(Method):
             device: such as "cpu"; by default the GPU if there is any.
 
         Raises:
-            WrisError: no such stack or kind of mask; empty cues, or cues that nobody reads; weights are missing, damaged,
-                or were trained with another CLIP.
+            WrisError: no such stack or kind of mask; empty cues, or cues that nobody reads; weights are missing,
+                damaged, or were trained with another CLIP.
         """
         clip, train = load_clip(stack, device), f"python -m wris_lib train {cls.name}"
         path = find_trained(get_stack(stack), cls.name, train) if weights is None else Path(weights)
