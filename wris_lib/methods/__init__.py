@@ -27,6 +27,8 @@ METHODS = {
     "ppt": "wris_lib.methods.ppt:Ppt",
     "tris": "wris_lib.methods.pcnet:Tris",
     "pcnet": "wris_lib.methods.pcnet:PcNet",
+    "gl_clip": "wris_lib.methods.clip_proposals:GlClip",
+    "sam_clip": "wris_lib.methods.clip_proposals:SamClip",
 }
 
 
