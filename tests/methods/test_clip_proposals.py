@@ -402,3 +402,12 @@ def test_odd_sentences(picture, proposals, name):
     with pytest.warns(UserWarning, match="CLIP reads .* tokens; words behind them are ignored"):
         (long,) = load_method(name).answer(picture, ["red dog " * 60], proposals)
     assert long.mask.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_proposal_is_passed_over(picture, proposals, name):
+    method, empty = load_method(name), np.zeros_like(proposals[:1])
+    (alone,), (beside,) = (method.answer(picture, ["dog"], each) for each in (proposals, np.vstack([empty, proposals])))
+    assert np.array_equal(alone.mask, beside.mask)
+    with pytest.raises(WrisError, match="SAM proposes nothing in this image"):
+        method.answer(picture, ["dog"], empty)

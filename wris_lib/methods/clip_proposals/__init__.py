@@ -23,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.language import Parser, load_parser
 from wris_lib.backbones.proposals import SETTINGS, Proposer
-from wris_lib.backbones.sam import Segmenter, load_sam
+from wris_lib.backbones.sam import load_sam
 from wris_lib.errors import WrisError
 from wris_lib.methods import Method, Prediction, Stage
 from wris_lib.methods.clip_sam import scale
@@ -36,16 +36,13 @@ class ClipProposals(Method):
 
     Args:
         clip: compares.
-        sam: proposes.
-        parser: finds noun phrases.
-        propose: gives an image's proposals; None: SAM's, with its defaults.
+        propose: gives an image's proposals.
     """
 
     variants: ClassVar[dict[str, dict[str, Hashable]]] = {"": {}}
-    parts: ClassVar[tuple[str, ...]] = ("clip", "sam", "parser")
 
-    def __init__(self, clip: Clip, sam: Segmenter, parser: Parser, propose: Proposer | None = None) -> None:
-        self.clip, self.parser, self.propose = clip, parser, propose or Proposer(sam, {})
+    def __init__(self, clip: Clip, propose: Proposer) -> None:
+        self.clip, self.propose = clip, propose
 
     @classmethod
     def load(cls, stack: str, device: str | None = None) -> "ClipProposals":
@@ -58,8 +55,7 @@ class ClipProposals(Method):
         Raises:
             WrisError: no such stack, or its weights are missing or damaged.
         """
-        sam = load_sam(stack, device)
-        return cls(load_clip(stack, device), sam, load_parser(stack), Proposer(sam, SETTINGS[stack]))
+        return cls(load_clip(stack, device), Proposer(load_sam(stack, device), SETTINGS[stack]))
 
     def predict(self, image: Image.Image, expressions: list[str]) -> list[Prediction]:
         """One prediction for each expression; proposals are made and encoded once."""
@@ -102,7 +98,25 @@ class SamClip(ClipProposals):
 
 
 class GlClip(ClipProposals):
-    """GL-CLIP: the proposal in the image and by itself, against the sentence and its noun phrase."""
+    """GL-CLIP: the proposal in the image and by itself, against the sentence and its noun phrase.
+
+    Args:
+        clip: compares.
+        propose: gives an image's proposals.
+        parser: finds noun phrases.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("clip", "sam", "parser")
+
+    def __init__(self, clip: Clip, propose: Proposer, parser: Parser) -> None:
+        super().__init__(clip, propose)
+        self.parser = parser
+
+    @classmethod
+    def load(cls, stack: str, device: str | None = None) -> "GlClip":
+        """As `ClipProposals.load`; the parser is the stack's, too."""
+        segmenter = load_sam(stack, device)
+        return cls(load_clip(stack, device), Proposer(segmenter, SETTINGS[stack]), load_parser(stack))
 
     def images(self, image: Image.Image, proposals: Bool[np.ndarray, "p H W"]) -> Float[Tensor, "p D"]:
         alone = [_alone(image, mask).crop(box_of(mask)) for mask in proposals]
