@@ -71,6 +71,7 @@ class ClipProposals(Method):
         Raises:
             WrisError: there are no proposals.
         """
+        proposals = proposals[proposals.any(axis=(1, 2))]  # nothing can be cut out of an empty mask
         if not len(proposals):
             raise WrisError(
                 "SAM proposes nothing in this image, so there is nothing to choose from; try another image."
