@@ -168,9 +168,8 @@ def _attend(
 
 
 def box_of(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
-    """The mask's box in pixels: left, top, right, bottom, the last two exclusive."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    """The box in pixels of a mask that is not empty: left, top, right, bottom, the last two exclusive."""
+    return Image.fromarray(mask).getbbox()
 
 
 def _alone(image: Image.Image, mask: Bool[np.ndarray, "H W"]) -> Image.Image:
