@@ -13,3 +13,8 @@ def changed(function: Callable, *replacements: str) -> Callable:
     names = dict(function.__globals__)
     exec(source, names)
     return names[function.__name__]
+
+
+def untouched(*_, **__):
+    """A stub that nobody has filled."""
+    raise NotImplementedError
