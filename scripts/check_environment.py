@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     "tests/backbones/test_clip.py",
+    "tests/backbones/test_itm.py",
     "tests/backbones/test_sam.py",
     "tests/data",
     "tests/test_methods.py",

@@ -12,7 +12,7 @@ from wris_lib.__main__ import main
 from wris_lib.errors import WrisError
 from wris_lib.methods import Prediction
 
-COMMANDS = ["doctor", "fetch", "segment", "benchmark", "train", "pretrain", "toyworld"]
+COMMANDS = ["doctor", "fetch", "segment", "benchmark", "train", "study", "pretrain", "toyworld"]
 
 
 class Recorder:
@@ -225,13 +225,20 @@ def test_pcnet_s_study(trained: dict[str, Recorder], monkeypatch: pytest.MonkeyP
     assert "--cache-speed is a study of ppt, not of pcnet" in error
 
 
+@pytest.mark.parametrize("which", ["ablation", "speed"])
+def test_study(which: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(f"wris_lib.studies.iterprime.{which}", study := Recorder())
+    assert main(["study", "iterprime", which]) == 0
+    assert (study.positional, study.named) == ((), {})
+
+
 @pytest.mark.parametrize("study", [[], ["--ablation"]])
 def test_a_negative_seed_is_refused(study: list[str], trained: dict[str, Recorder]):
     with pytest.raises(SystemExit, match="2"):
         main(["train", "ppt", *study, "--seed", "-1"])
 
 
-@pytest.mark.parametrize("model", ["clip", "sam", "parser", "t5"])
+@pytest.mark.parametrize("model", ["clip", "sam", "parser", "t5", "albef"])
 def test_pretrain(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(f"wris_lib.pretrain.{model}.main", trained := Recorder())
     assert main(["pretrain", model]) == 0

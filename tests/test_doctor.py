@@ -151,7 +151,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
     for checkpoint in checkpoints.STACKS["toy"].checkpoints:
         (tmp_path / checkpoint.file).write_bytes(b"weights of " + checkpoint.file.encode())
-        checkpoints.record_toy_weights(tmp_path / checkpoint.file)
+        checkpoints.record_sha256(tmp_path / checkpoint.file)
     return tmp_path
 
 
@@ -235,11 +235,15 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_paper_stack(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoints, "paper_status", lambda: {"a.pt": "ready", "b.pth": "missing"})
+    found = {"a.pt": "ready", "b.pth": "missing", "c.pth": "unchecked"}
+    monkeypatch.setattr(checkpoints, "paper_status", lambda: found)
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    ready, missing, parser = doctor.check_paper_stack()
+    ready, missing, unchecked, parser = doctor.check_paper_stack()
     assert ready == Finding("OK", "paper stack a.pt", "ready")
     assert missing.level == "WARN" and missing.mend == "python -m wris_lib fetch paper"
+    assert missing.text == "missing, but the toy stack does without"
+    assert unchecked.level == "WARN" and unchecked.mend == missing.mend
+    assert unchecked.text == "not yet compared with its source, but the toy stack does without"
     assert parser.level == "WARN" and parser.subject == "paper stack en_core_web_sm"
     assert parser.mend == "python -m spacy download en_core_web_sm"
     monkeypatch.setattr(doctor, "find_spec", lambda name: name == "en_core_web_sm")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from wris_lib.errors import WrisError
-from wris_lib.files import atomic_folder, atomic_write, cache_dir, readable_errors, sha256, write_json
+from wris_lib.files import atomic_folder, atomic_write, cache_dir, md5, readable_errors, sha256, write_json
 
 
 @pytest.fixture
@@ -296,9 +296,10 @@ def test_write_json(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["mIoU"] == 26.5
 
 
-def test_sha256(tmp_path):
+def test_hashes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert md5(tmp_path / "abc") == "900150983cd24fb0d6963f7d28e17f72"
 
 
 def test_a_read_only_file_system(tmp_path):

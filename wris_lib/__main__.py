@@ -93,8 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     studies.add_argument("--pseudo-labels", action="store_true", help="instead, ppt: how good the pseudo-labels are")
     studies.add_argument("--cache-speed", action="store_true", help="instead, ppt: an epoch with and without the cache")
 
+    studied = add(study, "redo a paper's studies of a method that needs no training")
+    studied.add_argument("method", choices=["iterprime"])
+    studied.add_argument("which", choices=["ablation", "speed"], help="the paper's tables, or what batching saves")
+
     trained = add(pretrain, "train a toy model from scratch")
-    trained.add_argument("model", choices=["clip", "sam", "parser", "t5"])
+    trained.add_argument("model", choices=["clip", "sam", "parser", "t5", "albef"])
     trained.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
     trained.add_argument("--folder", type=Path, metavar="FOLDER", help="for checkpoints and trials (in the cache)")
 
@@ -175,6 +179,12 @@ def train(options: argparse.Namespace) -> None:
         if options.objects:
             raise WrisError(f"{method} learns nothing from object-centric pictures; leave out --objects.")
         run.main(method, stack, options.data, options.steps, options.seed or 0, options.folder)
+
+
+def study(options: argparse.Namespace) -> None:
+    """Measure what the paper measured of a method that needs no training, and write the figures into results/. A
+    study that was stopped goes on where it was."""
+    resolve_name(f"wris_lib.studies.{options.method}:{options.which}")()
 
 
 def pretrain(options: argparse.Namespace) -> None:

@@ -143,7 +143,7 @@ def run(
     rows = []
     for row in wanted:
         for spec, items in splits.items():
-            found = _records(row, spec, items, limit, seed, stack)
+            found = records_of(row, spec, items, limit, seed, stack)
             rows.append(
                 {
                     "name": row.name,
@@ -187,7 +187,7 @@ def records(name: str, spec: str, limit: int | None = None, seed: int = 0, stack
     if len(rows) > 1:
         raise WrisError(f"{name!r} has several variants; choose one of: {', '.join(row.name for row in rows)}.")
     stack = get_stack(stack).name
-    return _records(rows[0], spec, data.load(spec).items, limit, seed, stack)
+    return records_of(rows[0], spec, data.load(spec).items, limit, seed, stack)
 
 
 def measure(predict: Predict, items: Sequence[EvaluationItem], limit: int | None = None, seed: int = 0) -> list[Record]:
@@ -211,9 +211,19 @@ def _by_image(items: Sequence[EvaluationItem]) -> dict[Path, list[int]]:
     return images
 
 
-def _records(
+def records_of(
     row: Contestant, spec: str, items: Sequence[EvaluationItem], limit: int | None, seed: int, stack: str
 ) -> list[Record]:
+    """`records` of any row, also one that is no variant of its method.
+
+    Args:
+        row: a method with its options.
+        spec: the split's name.
+        items: the split's.
+        limit: see `records`.
+        seed: see `records`.
+        stack: "toy" or "paper".
+    """
     chosen = _draw(list(_by_image(items).values()), limit, seed)
 
     path = cache_dir() / "benchmark" / f"{_slug(row.name)}-{_slug(spec)}-{_key(row, stack, items)}.jsonl"

@@ -116,8 +116,17 @@ def write_json(path: Path, content: Any) -> None:
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
+    return _digest(path, "sha256")
+
+
+def md5(path: Path) -> str:
+    """Hexadecimal MD5 of a file's bytes: against accidents only, for files whose server knows no other hash."""
+    return _digest(path, "md5")
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm, usedforsecurity=False)  # or some systems refuse MD5
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

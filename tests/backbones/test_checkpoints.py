@@ -1,5 +1,6 @@
 """The stack table, the downloader against a real server on this machine, and damaged checkpoints."""
 
+import base64
 import hashlib
 import io
 import os
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "igno
 
 CONTENT = bytes(range(256)) * 12_000  # 3 MB: more than one of the downloader's pieces
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
+MD5 = "crc32c=AAAAAA==,md5=" + base64.b64encode(hashlib.md5(CONTENT).digest()).decode()  # as Google's storage has it
 
 
 # --- a server that can misbehave ------------------------------------------------------------------
@@ -46,6 +48,8 @@ class Server:
     length: bool = True  # sends Content-Length
     stop_after: int | None = None  # closes the connection after so many bytes
     status: int | None = None  # answers this and nothing else
+    hashes: tuple[str, ...] = ()  # an x-goog-hash line for each
+    announced: int | None = None  # the length that it announces; None: the right one
     asked: list[str | None] = field(default_factory=list)
 
 
@@ -71,6 +75,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body if server.stop_after is None else body[: server.stop_after])
+
+    def do_HEAD(self) -> None:
+        server = self.behaviour
+        if server.status:
+            self.send_error(server.status)
+            return
+        self.send_response(200)
+        for line in server.hashes:
+            self.send_header("x-goog-hash", line)
+        if server.length:
+            self.send_header("Content-Length", str(server.announced or len(server.content)))
+        self.end_headers()
 
     def log_message(self, *arguments: object) -> None:
         """Silence."""
@@ -226,12 +242,98 @@ def test_two_at_once_fetch_the_file_once(server: Server, target: Path) -> None:
     assert len(server.asked) == 1
 
 
+# --- one download whose SHA-256 nobody has published ----------------------------------------------
+
+
+@pytest.mark.parametrize("lines", [(MD5,), tuple(MD5.split(",")), tuple(reversed(MD5.split(",")))])
+def test_the_announced_md5_is_compared(server: Server, target: Path, lines: tuple[str, ...], capsys) -> None:
+    server.hashes = lines
+    download.download(server.url, target, None)
+    assert target.read_bytes() == CONTENT and not partial_of(target).exists()
+    assert capsys.readouterr().out == ""
+
+    target.unlink()
+    server.content = CONTENT[:-1] + b"x"  # the length is right
+    with pytest.raises(DownloadError, match=r"sent another file than expected \(MD5 .+== instead of .+==, in base64\)"):
+        download.download(server.url, target, None)
+    assert not target.exists() and not partial_of(target).exists()
+
+
+@pytest.mark.parametrize("lines", [(), ("crc32c=AAAAAA==",)])
+def test_without_an_md5_the_length_decides_and_that_is_said(
+    server: Server, target: Path, lines: tuple[str, ...], capsys
+) -> None:
+    server.hashes = lines
+    download.download(server.url, target, None)
+    assert target.read_bytes() == CONTENT
+    host = server.url.split("/")[2]
+    assert capsys.readouterr().out == (
+        f"{host} announces no MD5 of {server.url}, so it could not be compared with a hash; its length is right.\n"
+    )
+
+    target.unlink()
+    server.announced = len(CONTENT) + 1
+    with pytest.raises(DownloadError, match=r"another file than expected \(3072000 bytes instead of 3072001\)"):
+        download.download(server.url, target, None)
+    assert not target.exists() and not partial_of(target).exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_server_that_announces_nothing_is_not_believed(server: Server, target: Path) -> None:
+    server.length = False
+    with pytest.raises(DownloadError, match=r"announces neither MD5 nor length of http.*weights\.bin"):
+        download.download(server.url, target, None)
+    assert not target.exists()
+    server.hashes = (MD5,)
+    download.download(server.url, target, None)
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("lines", [(MD5,), ()])
+def test_a_transfer_without_a_published_hash_is_resumed(server: Server, target: Path, lines: tuple[str, ...]) -> None:
+    server.hashes, server.stop_after = lines, 2_000_000
+    with pytest.raises(DownloadError, match="broke off after 2.0 MB, which are kept"):
+        download.download(server.url, target, None)
+    kept = partial_of(target).stat().st_size
+    server.stop_after = None
+    download.download(server.url, target, None)
+    assert server.asked == [None, f"bytes={kept}-"]
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("lines", [(MD5,), ()])
+def test_a_file_put_there_by_hand_is_compared_and_not_fetched(
+    server: Server, target: Path, lines: tuple[str, ...]
+) -> None:
+    server.hashes = lines
+    target.parent.mkdir()
+    target.write_bytes(CONTENT)
+    download.download(server.url, target, None)
+    assert server.asked == []
+    target.write_bytes(b"another file")
+    download.download(server.url, target, None)
+    assert server.asked == [None]
+    assert target.read_bytes() == CONTENT
+
+
+def test_nothing_to_compare_a_file_with(server: Server, dead_url: str, target: Path) -> None:
+    target.parent.mkdir()
+    target.write_bytes(CONTENT)
+    server.status = 405
+    with pytest.raises(DownloadError, match="answered 405 Method Not Allowed for http"):
+        download.download(server.url, target, None)
+    with pytest.raises(DownloadError, match=r"^127\.0\.0\.1:\d+ cannot be reached$"):
+        download.download(dead_url, target, None)
+    assert target.read_bytes() == CONTENT
+
+
 # --- the paper stack ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def paper(server: Server, dead_url: str, tmp_path: Path, monkeypatch) -> Path:
-    """A paper stack from the server on this machine; the first source of its second file is dead.
+    """A paper stack from the server on this machine; the first source of its second file is dead, and of its third
+    no hash is published, as of the real one.
 
     Returns the folder it is fetched into.
     """
@@ -241,6 +343,11 @@ def paper(server: Server, dead_url: str, tmp_path: Path, monkeypatch) -> Path:
         stack,
         clip=replace(stack.clip, sha256=DIGEST, urls=(server.url,)),
         sam=replace(stack.sam, sha256=DIGEST, urls=(dead_url, server.url)),
+        itm=replace(
+            stack.itm,
+            urls=(server.url,),
+            vocabulary=replace(stack.itm.vocabulary, sha256=DIGEST, urls=(server.url,)),
+        ),
     )
     monkeypatch.setitem(STACKS, "paper", here)
     return tmp_path / "paper"
@@ -267,9 +374,10 @@ def test_fetch_tries_the_second_source_and_skips_what_is_there(
     paper: Path, server: Server, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda question: "y")
-    assert paper_status() == {"ViT-B-16.pt": "missing", "sam_vit_b_01ec64.pth": "missing"}
+    names = ("ViT-B-16.pt", "sam_vit_b_01ec64.pth", "ALBEF.pth", "bert-base-uncased-vocab.txt")
+    assert paper_status() == dict.fromkeys(names, "missing")
     fetch_paper()
-    assert paper_status() == {"ViT-B-16.pt": "ready", "sam_vit_b_01ec64.pth": "ready"}
+    assert paper_status() == dict.fromkeys(names, "ready")
     assert "complete" in capsys.readouterr().out
 
     asked = len(server.asked)
@@ -304,6 +412,63 @@ def test_an_interrupted_fetch_is_seen_and_resumed(paper: Path, server: Server) -
     assert paper_status()["ViT-B-16.pt"] == "ready"
 
 
+def test_the_hash_of_a_file_without_a_published_one_is_recorded(paper: Path, server: Server) -> None:
+    itm, other = STACKS["paper"].itm, CONTENT[:-1] + b"x"
+    server.hashes = (MD5,)
+    fetch_paper(ask=False)
+    assert (paper / "SHA256SUMS").read_text() == f"{DIGEST}  ALBEF.pth\n"
+    assert checkpoints.expected_sha256(itm) == DIGEST
+
+    # From now on it is a hash like the published ones: for what lies there, and for what is fetched.
+    (paper / itm.file).write_bytes(other)
+    assert paper_status()[itm.file] == "damaged"
+    server.content, server.hashes = other, ()
+    with pytest.raises(WrisError, match="ALBEF.pth could not be fetched: .*SHA-256 begins with .* instead of"):
+        fetch_paper(ask=False)
+    server.content = CONTENT
+    fetch_paper(ask=False)
+    assert paper_status()[itm.file] == "ready"
+    assert (paper / itm.file).read_bytes() == CONTENT
+
+
+def test_a_file_without_a_hash_is_used_only_after_a_comparison(paper: Path, server: Server, capsys) -> None:
+    itm = STACKS["paper"].itm
+    server.hashes = (MD5,)
+    fetch_paper(ask=False)
+    (paper / "SHA256SUMS").unlink()  # as if the file had been copied there by hand
+    asked = len(server.asked)
+    assert paper_status() | {itm.file: "ready"} == dict.fromkeys(paper_status(), "ready")
+    assert paper_status()[itm.file] == "unchecked"
+    sentence = (
+        "ALBEF.pth has not been compared with its source yet; run `python -m wris_lib fetch paper`, which does that"
+    )
+    with pytest.raises(WrisError, match=f"{sentence} without fetching it again"):
+        load_weights(nn.Linear(3, 2), itm)
+
+    capsys.readouterr()
+    fetch_paper(ask=False)
+    assert "unless the file that is there turns out to be the same" in capsys.readouterr().out
+    assert len(server.asked) == asked
+    assert paper_status()[itm.file] == "ready"
+
+
+def test_a_wrong_file_put_there_by_hand_is_replaced(paper: Path, server: Server) -> None:
+    server.hashes = (MD5,)
+    paper.mkdir()
+    (paper / "ALBEF.pth").write_bytes(b"x" * len(CONTENT))
+    fetch_paper(ask=False)
+    assert (paper / "ALBEF.pth").read_bytes() == CONTENT
+    assert checkpoints.expected_sha256(STACKS["paper"].itm) == DIGEST
+
+
+def test_nothing_is_recorded_of_a_file_that_could_not_be_compared(paper: Path, server: Server) -> None:
+    server.length = False
+    with pytest.raises(WrisError, match="ALBEF.pth could not be fetched: .* announces neither MD5 nor length"):
+        fetch_paper(ask=False)
+    assert not (paper / "SHA256SUMS").exists()
+    assert paper_status()["ALBEF.pth"] == "begun"
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -327,14 +492,18 @@ def test_what_has_not_been_fetched_is_said_so(tmp_path: Path, monkeypatch) -> No
 def test_files_of_a_stack_are_all_its_parts_but_packages() -> None:
     toy, paper = STACKS["toy"], STACKS["paper"]
     assert toy.checkpoints == (toy.clip, toy.sam, toy.parser, toy.llm, toy.ppt, toy.tris, toy.pcnet)
-    assert paper.checkpoints == (paper.clip, paper.sam) and paper.parser == "en_core_web_sm"
+    assert paper.checkpoints == (paper.clip, paper.sam, paper.itm, paper.itm.vocabulary)
+    assert paper.parser == "en_core_web_sm"
 
 
-def test_every_downloaded_file_has_a_hash_a_size_a_licence_and_two_sources() -> None:
+def test_every_downloaded_file_has_a_size_a_licence_and_all_but_albef_a_hash_and_two_sources() -> None:
     for checkpoint in STACKS["paper"].checkpoints:
-        assert re.fullmatch("[0-9a-f]{64}", checkpoint.sha256)
         assert checkpoint.megabytes and checkpoint.licence
-        assert len(checkpoint.urls) >= 2 and all(url.startswith("https://") for url in checkpoint.urls)
+        assert all(url.startswith("https://") for url in checkpoint.urls)
+        if checkpoint.file == "ALBEF.pth":
+            assert checkpoint.sha256 is None and len(checkpoint.urls) == 1
+        else:
+            assert re.fullmatch("[0-9a-f]{64}", checkpoint.sha256) and len(checkpoint.urls) >= 2
 
 
 def test_openai_names_the_hash_in_its_address_as_open_clip_does() -> None:
@@ -361,12 +530,12 @@ TOY = Checkpoint(file="toy.safetensors")
 def save_toy(folder: Path, model: nn.Module, record: bool = True) -> None:
     save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, folder / TOY.file)
     if record:
-        checkpoints.record_toy_weights(folder / TOY.file)
+        checkpoints.record_sha256(folder / TOY.file)
 
 
 def test_toy_weights_are_recorded_and_loaded(weights: Path) -> None:
     (weights / "other.bin").write_bytes(b"other")
-    checkpoints.record_toy_weights(weights / "other.bin")
+    checkpoints.record_sha256(weights / "other.bin")
     saved, loaded = nn.Linear(3, 2), nn.Linear(3, 2)
     save_toy(weights, saved)
     load_weights(loaded, TOY)
@@ -390,7 +559,7 @@ def test_toy_weights_that_are_missing_unrecorded_or_damaged(weights: Path) -> No
     save_toy(weights, model, record=False)
     with pytest.raises(WrisError, match="SHA256SUMS has no line for toy.safetensors"):
         load_weights(model, TOY)
-    checkpoints.record_toy_weights(weights / TOY.file)
+    checkpoints.record_sha256(weights / TOY.file)
     content = bytearray((weights / TOY.file).read_bytes())
     content[-1] ^= 1
     (weights / TOY.file).write_bytes(content)
@@ -413,6 +582,47 @@ def test_a_checkpoint_of_another_model(weights: Path, other: nn.Module, words: s
     assert "\n" not in str(failure.value)
 
 
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): tensor for name, tensor in state.items() if name != "queue"}
+
+
+def test_a_state_is_converted_before_it_is_loaded(weights: Path) -> None:
+    saved, loaded = nn.Linear(3, 2), nn.Linear(3, 2)
+    state = {f"module.{name}": tensor for name, tensor in saved.state_dict().items()}
+    save_file(state | {"queue": torch.zeros(5)}, weights / TOY.file)
+    checkpoints.record_sha256(weights / TOY.file)
+    with pytest.raises(WrisError, match="made for another model: Missing key"):
+        load_weights(loaded, TOY)
+    load_weights(loaded, TOY, renamed)
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict())
+    with pytest.raises(WrisError, match="made for another model: size mismatch for weight"):
+        load_weights(nn.Linear(4, 2), TOY, renamed)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_model_saved_together_with_its_training(tmp_path: Path, zipped: bool) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    saved = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"base_values": [1e-4], "warmup_t": 20},
+        "config": {"image_res": 256, "train_file": ["a.json", "b.json"], "distill": True},
+        "epoch": 29,
+    }
+    torch.save(saved, tmp_path / "all.pth", _use_new_zipfile_serialization=zipped)
+    state = load_state(tmp_path / "all.pth")
+    assert list(state) == ["weight", "bias"]
+    torch.testing.assert_close(state, dict(model.state_dict()), check_device=False)
+
+
+def test_a_tensor_may_be_called_model(tmp_path: Path) -> None:
+    torch.save({"model": torch.ones(2), "bias": torch.zeros(1)}, tmp_path / "weights.pth")
+    assert list(load_state(tmp_path / "weights.pth")) == ["model", "bias"]
+
+
 # --- files that are not checkpoints ---------------------------------------------------------------
 
 
@@ -431,7 +641,9 @@ def test_a_hostile_pickle_is_refused_and_never_executed(tmp_path: Path) -> None:
     torch.save({"weight": Hostile(trace)}, tmp_path / "new.pth")
     torch.save({"weight": Hostile(trace)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(trace), protocol=2))
-    for name in ("new.pth", "old.pth", "plain.pth"):
+    beside = {"model": {"weight": torch.zeros(1)}, "config": Hostile(trace)}
+    torch.save(beside, tmp_path / "beside.pth")
+    for name in ("new.pth", "old.pth", "plain.pth", "beside.pth"):
         with pytest.raises(WrisError, match=f"{name} cannot be read as a checkpoint"):
             load_state(tmp_path / name)
     assert not trace.exists()
@@ -477,7 +689,7 @@ def test_unreadable_files(tmp_path: Path, suffix: str, damage) -> None:
 
 
 def test_a_pickle_of_something_else(tmp_path: Path) -> None:
-    for content in ([1, 2], {"epoch": 3}, {"state_dict": {"weight": torch.zeros(1)}}):
+    for content in ([1, 2], {"epoch": 3}, {"state_dict": {"weight": torch.zeros(1)}}, {"model": {"epoch": 3}}):
         torch.save(content, tmp_path / "weights.pth")
         with pytest.raises(WrisError, match="is not a checkpoint: expected a dictionary of tensors"):
             load_state(tmp_path / "weights.pth")

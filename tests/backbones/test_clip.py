@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from wris_lib.backbones import checkpoints
-from wris_lib.backbones.checkpoints import get_stack, record_toy_weights
+from wris_lib.backbones.checkpoints import get_stack, record_sha256
 from wris_lib.backbones.clip import Clip, create_clip, load_clip
 from wris_lib.data.toyworld.scenes import sample_object_image
 from wris_lib.errors import WrisError
@@ -352,6 +352,6 @@ def test_checkpoint_of_another_model(weights):
     state = load_file(weights)
     state["visual.proj"] = state["visual.proj"][:, :64].contiguous()
     save_file(state, weights)
-    record_toy_weights(weights)
+    record_sha256(weights)
     with pytest.raises(WrisError, match="made for another model.*visual.proj"):
         load_clip("toy")

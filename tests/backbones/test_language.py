@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spacy.tokens import Doc
 
 from wris_lib.backbones import checkpoints, language
-from wris_lib.backbones.checkpoints import record_toy_weights
+from wris_lib.backbones.checkpoints import record_sha256
 from wris_lib.backbones.language import Parser, Word, load_parser, read
 from wris_lib.errors import WrisError
 
@@ -201,7 +201,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy parser's file, in a folder in place of the packaged weights."""
     path = tmp_path / checkpoints.STACKS["toy"].parser.file
     path.write_bytes((checkpoints.WEIGHTS / path.name).read_bytes())
-    record_toy_weights(path)
+    record_sha256(path)
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
     return path
 
@@ -221,7 +221,7 @@ def test_the_file_of_another_pipeline(weights: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(WrisError, match="parser.msgpack was made for another pipeline; install the library again"):
         load_parser("toy")
     weights.write_bytes(b"no pipeline at all")
-    record_toy_weights(weights)
+    record_sha256(weights)
     with pytest.raises(WrisError, match="made for another pipeline"):
         load_parser("toy")
 

@@ -1,4 +1,4 @@
-"""The paper stack at full size, without the network: random weights in the formats in which OpenAI and Meta publish.
+"""The paper stack at full size, without the network: random weights in the formats in which their authors publish.
 
 Same sizes, same tensor names, same file formats, same code lines as the real checkpoints; only the numbers are noise,
 and therefore the recorded hashes others.
@@ -20,11 +20,16 @@ from torch import Tensor, nn
 
 from wris_lib.backbones.checkpoints import STACKS, checkpoint_path
 from wris_lib.backbones.clip import Clip, load_clip
+from wris_lib.backbones.itm import SIZES, Albef, load_matcher
+from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.loading import load_weights
+from wris_lib.backbones.proposals import SETTINGS, Proposer
 from wris_lib.backbones.sam import SamImage, Segmenter, load_sam
 from wris_lib.errors import WrisError
 from wris_lib.files import sha256
 from wris_lib.methods.clip_sam import ClipSam
+from wris_lib.methods.iterprime import IterPrime
+from wris_lib.pretrain.albef import write_vocabulary
 
 # OpenAI's file is a TorchScript archive, and torch advises against making new ones.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
@@ -90,7 +95,7 @@ def reference(tmp_path_factory) -> Iterator[Reference]:
     cache = tmp_path_factory.mktemp("cache")
     (cache / "paper").mkdir()
     stack = STACKS["paper"]
-    clip_file, sam_file = (cache / "paper" / checkpoint.file for checkpoint in stack.checkpoints)
+    clip_file, sam_file = (cache / "paper" / checkpoint.file for checkpoint in (stack.clip, stack.sam))
     made = save_clip_as_openai_does(clip_file)
     with torch.device("meta"):
         shapes = sam_model_registry["vit_b"]()
@@ -202,3 +207,40 @@ def test_a_hostile_pth_is_not_executed_even_if_its_hash_is_recorded(
     with pytest.raises(WrisError, match="sam_vit_b_01ec64.pth cannot be read as a checkpoint"):
         load_weights(nn.Identity(), replace(STACKS["paper"].sam, sha256=sha256(path)))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def albef(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """ALBEF base as its authors save it, in a cache of its own; returns the tensors."""
+    stack = STACKS["paper"]
+    (tmp_path / "paper").mkdir()
+    weights, vocabulary = (tmp_path / "paper" / part.file for part in (stack.itm, stack.itm.vocabulary))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = dict(Albef(SIZES["base"]).state_dict())
+    embeddings = "text_encoder.bert.embeddings"
+    more = {f"{embeddings}.token_type_embeddings.weight": torch.randn(2, 768), "image_queue": torch.randn(256, 10)}
+    more |= {name.replace("_proj", "_proj_m"): tensor for name, tensor in state.items() if "_proj." in name[:12]}
+    torch.save({"model": {**state, **more}, "epoch": 29}, weights)
+    write_vocabulary(["man", "green", "shirt", "dog", "left", "car"], vocabulary)
+    monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
+    words = replace(stack.itm.vocabulary, sha256=sha256(vocabulary))
+    itm = replace(stack.itm, sha256=sha256(weights), vocabulary=words)
+    monkeypatch.setitem(STACKS, "paper", replace(stack, itm=itm))
+    state[f"{embeddings}.position_embeddings.weight"] += more[f"{embeddings}.token_type_embeddings.weight"][0]
+    return state
+
+
+def test_albef_is_read_and_iterprime_runs_on_it(albef: dict[str, Tensor], image: Image.Image) -> None:
+    matcher = load_matcher("paper", device="cpu")
+    assert matcher.grid == (16, 16) and matcher.layer == 8 and matcher.layers == range(6, 12)
+    loaded = matcher.model.state_dict()
+    assert loaded.keys() == albef.keys() and all(torch.equal(loaded[name], albef[name]) for name in albef)
+    assert tuple(loaded["text_encoder.cls.predictions.decoder.weight"].shape) == (30522, 768)
+
+    proposals = np.zeros((2, 480, 640), dtype=bool)
+    proposals[0, :, :300], proposals[1, :, 300:] = True, True
+    method = IterPrime(matcher, Proposer(load_sam("toy"), SETTINGS["toy"]), load_parser("toy"))
+    for prediction in method.answer(image, EXPRESSIONS, proposals):
+        assert np.isfinite(prediction.response_map).all() and prediction.response_map.std() > 0
+        assert any((prediction.mask == mask).all() for mask in proposals) and 0 < prediction.score < 1

@@ -166,7 +166,7 @@ def weights(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
     state = {name: tensor.half() for name, tensor in sam_model_registry["wris_toy"]().state_dict().items()}
     save_file(state, tmp_path / "sam.safetensors")
-    checkpoints.record_toy_weights(tmp_path / "sam.safetensors")
+    checkpoints.record_sha256(tmp_path / "sam.safetensors")
     return tmp_path, state
 
 
@@ -182,12 +182,12 @@ def test_load_sam_refuses_damaged_and_foreign_weights(weights):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(WrisError, match="sam.safetensors is damaged"):
         load_sam("toy", "cpu")
-    checkpoints.record_toy_weights(path)  # even with a matching hash it cannot be read
+    checkpoints.record_sha256(path)  # even with a matching hash it cannot be read
     with pytest.raises(WrisError, match="cannot be read as a checkpoint"):
         load_sam("toy", "cpu")
     state.pop("mask_decoder.iou_token.weight")
     save_file(state, path)
-    checkpoints.record_toy_weights(path)
+    checkpoints.record_sha256(path)
     with pytest.raises(WrisError, match="another model.*iou_token"):
         load_sam("toy", "cpu")
     path.unlink()

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.backbones import test_clip
 from wris_lib.backbones import checkpoints, trained
-from wris_lib.backbones.checkpoints import Checkpoint, get_stack, record_toy_weights
+from wris_lib.backbones.checkpoints import Checkpoint, get_stack, record_sha256
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.trained import find_trained, load_trained, save_trained
 from wris_lib.errors import WrisError
@@ -166,7 +166,7 @@ def test_the_stacks_file_is_found_and_checked(path, monkeypatch):
     stack = replace(get_stack("toy"), pcnet=Checkpoint(file="toy.safetensors"))
     with pytest.raises(WrisError, match="SHA256SUMS has no line for toy.safetensors"):
         find_trained(stack, "pcnet", TRAIN)
-    record_toy_weights(path)
+    record_sha256(path)
     assert find_trained(stack, "pcnet", TRAIN) == path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WrisError, match="toy.safetensors is damaged or not the file it should be"):

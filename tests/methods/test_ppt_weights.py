@@ -11,7 +11,7 @@ from tests.backbones import test_clip
 from tests.methods import test_ppt_training
 from tests.methods.test_ppt_training import CONFIG, spread, tiny_generator
 from wris_lib.backbones import checkpoints
-from wris_lib.backbones.checkpoints import get_stack, record_toy_weights
+from wris_lib.backbones.checkpoints import get_stack, record_sha256
 from wris_lib.backbones.clip import Clip
 from wris_lib.errors import WrisError
 from wris_lib.methods.ppt import weights
@@ -144,7 +144,7 @@ def test_the_stacks_file_is_found_and_checked(path, monkeypatch):
     stack = replace(get_stack("toy"), ppt=checkpoints.Checkpoint(file="ppt.safetensors"))
     with pytest.raises(WrisError, match="SHA256SUMS has no line for ppt.safetensors"):
         find_weights(stack)
-    record_toy_weights(path)
+    record_sha256(path)
     assert find_weights(stack) == path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WrisError, match="ppt.safetensors is damaged or not the file it should be"):

@@ -2,7 +2,8 @@
 
 A *stack* is a row of this table and nothing more: every other line of the library is the same for the
 embedded toy models and for the papers' models. A file is used only after its SHA-256 has been compared with
-the recorded one. This module needs no torch, so that the doctor can read it where torch is broken.
+the recorded one. Where an author has published none, it is recorded when the file is fetched, from a file that
+has the MD5 its server announces. This module needs no torch, so that the doctor can read it where torch is broken.
 """
 
 import os
@@ -23,7 +24,7 @@ class Checkpoint:
     """One file of weights: packaged with the library, or, when it has `urls`, fetched into the cache."""
 
     file: str
-    sha256: str | None = None  # None: see weights/SHA256SUMS, which is written when toy weights are retrained
+    sha256: str | None = None  # None: see `SHA256SUMS` beside the file, written when it is trained or fetched
     urls: tuple[str, ...] = ()  # tried in this order
     megabytes: int = 0
     licence: str = ""
@@ -46,6 +47,15 @@ class SamCheckpoint(Checkpoint):
     model_type: str  # key of segment_anything's `sam_model_registry`
 
 
+@dataclass(frozen=True, kw_only=True)
+class ItmCheckpoint(Checkpoint):
+    """Weights of an image-text matching model."""
+
+    size: str  # key of `itm.SIZES`
+    layer: int  # text layer, from 0, whose cross-attention is read
+    vocabulary: Checkpoint  # WordPiece, one token a line
+
+
 @dataclass(frozen=True)
 class Stack:
     """The models that a method is built from."""
@@ -55,6 +65,7 @@ class Stack:
     sam: SamCheckpoint
     parser: Checkpoint | str  # a str names a spaCy pipeline, which comes as a package: see `spacy_download`
     llm: Checkpoint | str  # a str names a model on the Hugging Face hub: see `llm.local_llm`
+    itm: ItmCheckpoint | None = None
     # Trained by this library; nobody has published any for the papers' models.
     ppt: Checkpoint | None = None  # PPT's point generator
     tris: Checkpoint | None = None  # what L_cls alone learns
@@ -62,11 +73,14 @@ class Stack:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """The stack's files of weights."""
-        parts = (self.clip, self.sam, self.parser, self.llm, self.ppt, self.tris, self.pcnet)
-        return tuple(part for part in parts if isinstance(part, Checkpoint))
+        """The stack's files: weights, and the vocabulary of one of them."""
+        parts = (self.clip, self.sam, self.parser, self.llm, self.itm, self.ppt, self.tris, self.pcnet)
+        vocabulary = (self.itm.vocabulary,) if self.itm else ()
+        return tuple(part for part in parts + vocabulary if isinstance(part, Checkpoint))
 
 
+# What `pretrain albef` makes. It becomes a part of the toy stack when it points at what it is asked for.
+TOY_ITM = ItmCheckpoint(size="toy", file="albef.safetensors", layer=2, vocabulary=Checkpoint(file="albef_vocab.txt"))
 STACKS = {
     stack.name: stack
     for stack in (
@@ -109,6 +123,25 @@ STACKS = {
                 ),
                 megabytes=375,
                 licence="Apache-2.0",
+            ),
+            # Trained on 14 million pairs. Its authors have published no hash, and one source.
+            itm=ItmCheckpoint(
+                size="base",
+                file="ALBEF.pth",
+                urls=("https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF.pth",),
+                megabytes=3490,
+                licence="BSD-3-Clause",
+                layer=8,
+                vocabulary=Checkpoint(
+                    file="bert-base-uncased-vocab.txt",
+                    sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+                    urls=(
+                        "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt",
+                        "https://s3.amazonaws.com/models.huggingface.co/bert/bert-base-uncased-vocab.txt",
+                    ),
+                    megabytes=1,
+                    licence="Apache-2.0",
+                ),
             ),
             parser="en_core_web_sm",
             llm="google/flan-t5-base",
@@ -166,28 +199,33 @@ def verify(path: Path, expected: str) -> None:
 
 
 def expected_sha256(checkpoint: Checkpoint) -> str:
-    """The recorded hash: from the table, or for packaged weights from `weights/SHA256SUMS`.
+    """The recorded hash: from the table, or from the `SHA256SUMS` beside the file.
 
     Raises:
         WrisError: none is recorded.
     """
-    if checkpoint.sha256:
-        return checkpoint.sha256
-    recorded = _recorded(WEIGHTS)
-    if checkpoint.file not in recorded:
-        raise WrisError(f"{WEIGHTS / 'SHA256SUMS'} has no line for {checkpoint.file}; {REINSTALL}.")
-    return recorded[checkpoint.file]
+    if expected := _known_sha256(checkpoint):
+        return expected
+    if checkpoint.urls:
+        raise WrisError(
+            f"{_place(checkpoint)} has not been compared with its source yet; run `{FETCH}`, which does that without"
+            " fetching it again and records its hash."
+        )
+    raise WrisError(f"{WEIGHTS / 'SHA256SUMS'} has no line for {checkpoint.file}; {REINSTALL}.")
 
 
-def record_toy_weights(path: Path) -> None:
-    """Record the SHA-256 of retrained toy weights in `SHA256SUMS` beside them (the format of `sha256sum`)."""
+def record_sha256(path: Path) -> None:
+    """Record the SHA-256 of a file in `SHA256SUMS` beside it (the format of `sha256sum`)."""
     sums = _recorded(path.parent) | {path.name: sha256(path)}
     with atomic_write(path.parent / "SHA256SUMS", "w") as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def paper_status() -> dict[str, str]:
-    """For each file of the paper stack: "ready", "missing", "damaged" or "begun" (a fetch broke off)."""
+    """For each file of the paper stack: "ready", "missing", "damaged", "begun" (a fetch broke off) or "unchecked".
+
+    The last is a file put there by hand that has no published hash: `fetch_paper` compares it with its source.
+    """
     return {checkpoint.file: _status(checkpoint) for checkpoint in STACKS["paper"].checkpoints}
 
 
@@ -210,6 +248,8 @@ def fetch_paper(ask: bool = True) -> None:
     for checkpoint in lacking:
         print(f"  {checkpoint.file}: about {checkpoint.megabytes} MB, {checkpoint.licence} licence")
         print(f"    from {checkpoint.urls[0]}")
+        if status[checkpoint.file] == "unchecked":
+            print("    unless the file that is there turns out to be the same")
     if ask and not _agreed("Fetch? [y/N] "):
         print("Nothing was fetched.")
         return
@@ -229,21 +269,32 @@ def _recorded(folder: Path) -> dict[str, str]:
     return {name: digest for digest, name in (line.split() for line in lines)}
 
 
+def _known_sha256(checkpoint: Checkpoint) -> str | None:
+    return checkpoint.sha256 or _recorded(_place(checkpoint).parent).get(checkpoint.file)
+
+
 def _status(checkpoint: Checkpoint) -> str:
     path = _place(checkpoint)
     if path.is_file():
-        return "ready" if sha256(path) == expected_sha256(checkpoint) else "damaged"
+        expected = _known_sha256(checkpoint)
+        if not expected:
+            return "unchecked"
+        return "ready" if sha256(path) == expected else "damaged"
     return "begun" if path.with_name(f"{path.name}.partial").exists() else "missing"
 
 
 def _fetch(checkpoint: Checkpoint) -> None:
-    """Try one source after the other."""
-    failures = []
+    """Try one source after the other, and record the hash of what came if none was known."""
+    expected, failures = _known_sha256(checkpoint), []
     for url in checkpoint.urls:
         try:
-            return download(url, _place(checkpoint), expected_sha256(checkpoint))
+            download(url, _place(checkpoint), expected)
         except DownloadError as error:
             failures.append(str(error))
+        else:
+            if not expected:
+                record_sha256(_place(checkpoint))
+            return
     raise WrisError(
         f"{checkpoint.file} could not be fetched: {'; '.join(failures)}; check the network and run `{FETCH}`"
         f" again, or copy the file to {_place(checkpoint)} by hand."

@@ -263,7 +263,7 @@ class Clip:
         grid = self._grid(images)
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
         first = visual.class_embedding.expand(len(images), 1, -1)
-        positions = _resize_positions(visual.positional_embedding, visual.grid_size, grid)
+        positions = resize_positions(visual.positional_embedding, visual.grid_size, grid)
         return visual.ln_pre(torch.cat([first, patches], dim=1) + positions)
 
     def _tokens(
@@ -327,7 +327,7 @@ def _value_attention(block: nn.Module, x: Float[Tensor, "B N C"]) -> Float[Tenso
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
-def _resize_positions(
+def resize_positions(
     positions: Float[Tensor, "N C"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[Tensor, "M C"]:
     """Interpolate position embeddings to another grid; the class token's, which comes first, stays."""

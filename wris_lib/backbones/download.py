@@ -1,5 +1,6 @@
 """Fetch one large file over HTTP: resumed where it broke off, compared with its hash, whole or not there."""
 
+import base64
 import os
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from urllib.parse import urlsplit
 
 import requests
 from filelock import FileLock
+from requests.utils import parse_dict_header
 from tqdm.auto import tqdm
 
 from wris_lib import files
@@ -15,20 +17,22 @@ from wris_lib.errors import WrisError
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of the answer
 PIECE = 1 << 16  # bytes; a broken connection costs at most one piece
 MARGIN = 64 << 20  # bytes to leave free on the disk
+ACCEPTED = (requests.codes.ok, requests.codes.partial_content, requests.codes.range_not_satisfiable)
 
 
 class DownloadError(WrisError):
     """This source failed; another one may do better."""
 
 
-def download(url: str, path: Path, sha256: str) -> None:
+def download(url: str, path: Path, sha256: str | None) -> None:
     """Fetch `url` into `path`, unless the right file is already there.
 
     What has arrived waits in `<path>.partial`, so a transfer that broke off goes on where it stopped, after a
     kill too, and from another source. A second process that wants the same file waits for the first.
 
     Args:
-        sha256: what the finished file must hash to, in hexadecimal.
+        sha256: what the finished file must hash to, in hexadecimal. None, where nobody has published it: the file
+            must have the MD5 that the server announces, or, where it announces none, the length.
 
     Raises:
         DownloadError: no connection, an answer other than the file, a transfer that broke off, a wrong hash.
@@ -37,34 +41,58 @@ def download(url: str, path: Path, sha256: str) -> None:
     with files.readable_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if path.is_file() and files.sha256(path) == sha256:
+            if path.is_file() and not _difference(path, sha256, url):
                 return
             partial = path.with_name(f"{path.name}.partial")
             _transfer(url, partial)
-            if (found := files.sha256(partial)) != sha256:
+            if difference := _difference(partial, sha256, url):
                 partial.unlink()
-                raise DownloadError(
-                    f"{url} sent another file than expected (SHA-256 begins with {found[:12]} instead of"
-                    f" {sha256[:12]}), which was removed"
-                )
+                raise DownloadError(f"{url} sent another file than expected ({difference}), which was removed")
             os.replace(partial, path)
+
+
+def _difference(path: Path, sha256: str | None, url: str) -> str:
+    """In what a whole file differs from the one expected; empty if in nothing."""
+    if sha256:
+        found = files.sha256(path)
+        return "" if found == sha256 else f"SHA-256 begins with {found[:12]} instead of {sha256[:12]}"
+    with _request("HEAD", url, {}) as response:
+        headers = response.headers
+    # Google's storage: `x-goog-hash: crc32c=<base64>,md5=<base64>`, the latter not for files uploaded in parts.
+    if md5 := parse_dict_header(headers.get("x-goog-hash", "")).get("md5"):
+        found = base64.b64encode(bytes.fromhex(files.md5(path))).decode()
+        return "" if found == md5 else f"MD5 {found} instead of {md5}, in base64"
+    host, length, found = urlsplit(url).netloc, headers.get("Content-Length"), path.stat().st_size
+    if length is None:
+        raise DownloadError(f"{host} announces neither MD5 nor length of {url}, so nothing shows whether it is whole")
+    if found != int(length):
+        return f"{found} bytes instead of {length}"
+    print(f"{host} announces no MD5 of {url}, so it could not be compared with a hash; its length is right.")
+    return ""
+
+
+def _request(method: str, url: str, headers: dict[str, str]) -> requests.Response:
+    """The server's answer, of which only the head has arrived."""
+    host = urlsplit(url).netloc
+    # Without "identity" a server might compress, and then byte positions and lengths mean something else.
+    headers = {"Accept-Encoding": "identity"} | headers
+    try:
+        response = requests.request(method, url, headers=headers, stream=True, timeout=TIMEOUT)
+    except requests.RequestException as error:
+        raise DownloadError(f"{host} cannot be reached") from error
+    if response.status_code not in ACCEPTED:
+        response.close()
+        raise DownloadError(f"{host} answered {response.status_code} {response.reason} for {url}")
+    return response
 
 
 def _transfer(url: str, partial: Path) -> None:
     """Append to `partial` what it lacks; start over where the server cannot send a part of a file."""
     host = urlsplit(url).netloc
     done = partial.stat().st_size if partial.exists() else 0
-    # Without "identity" a server might compress, and then byte positions mean something else.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-    try:
-        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except requests.RequestException as error:
-        raise DownloadError(f"{host} cannot be reached") from error
-    with response:
+    with _request("GET", url, {"Range": f"bytes={done}-"} if done else {}) as response:
         if response.status_code == requests.codes.range_not_satisfiable:
             return  # nothing is lacking; if it is not the file after all, its hash will tell
-        if response.status_code not in (requests.codes.ok, requests.codes.partial_content):
-            raise DownloadError(f"{host} answered {response.status_code} {response.reason} for {url}")
         if response.status_code == requests.codes.ok:
             done = 0
         length = response.headers.get("Content-Length")

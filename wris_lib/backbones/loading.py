@@ -3,6 +3,7 @@
 import textwrap
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 from wris_lib.backbones.checkpoints import Checkpoint, checkpoint_path, expected_sha256, verify
 from wris_lib.errors import WrisError
 
+State = dict[str, Tensor]
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, convert: Callable[[State], State] | None = None) -> None:
     """Find, verify and read a checkpoint, and copy it into `model`, whose tensors it must match one by one.
+
+    Args:
+        convert: from the tensors as the file has them to those of `model`. Leave names that it does not know as
+            they are: then a file made for another model is still noticed.
 
     Raises:
         WrisError: the file is missing, damaged, unreadable, or made for another model.
@@ -23,16 +30,17 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     verify(path, expected_sha256(checkpoint))
     state = load_state(path)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(convert(state) if convert else state)
     except RuntimeError as error:
         raise WrisError(f"{path} was made for another model: {_first_mismatch(error)}.") from error
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
+def load_state(path: Path) -> State:
     """Read a checkpoint's tensors onto the CPU: safetensors, a pickled state dict, or a TorchScript archive.
 
-    The last is how OpenAI published CLIP. torch compiles the TorchScript inside such an archive while opening
-    it, so `verify` the file first, as `load_weights` does.
+    A pickle may hold the state dict under the key "model", beside an optimizer's and others, as ALBEF's does.
+    A TorchScript archive is how OpenAI published CLIP. torch compiles the TorchScript inside while opening it, so
+    `verify` the file first, as `load_weights` does.
 
     Raises:
         WrisError: the file cannot be read, or holds something other than tensors.
@@ -45,6 +53,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise almost anything
         raise WrisError(f"{path} cannot be read as a checkpoint: it is damaged or another kind of file.") from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WrisError(f"{path} is not a checkpoint: expected a dictionary of tensors.")
     return state
@@ -58,7 +68,7 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _load_torchscript(path: Path) -> dict[str, Tensor]:
+def _load_torchscript(path: Path) -> State:
     with warnings.catch_warnings():
         # torch advises authors to publish in another format; whoever reads OpenAI's file has no choice.
         warnings.simplefilter("ignore", FutureWarning)

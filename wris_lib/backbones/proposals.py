@@ -21,6 +21,7 @@ from PIL import Image
 
 from wris_lib.backbones.features import SAM_CODE, fingerprint
 from wris_lib.backbones.sam import Segmenter
+from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write, cache_dir
 
 # Of `Segmenter.proposals`, by stack: the toy SAM's are its defaults, the paper's those that SAM's authors advise.
@@ -84,6 +85,18 @@ def whole_things(masks: Bool[np.ndarray, "p H W"]) -> Bool[np.ndarray, "k H W"]:
     inside = flat @ flat.T >= INSIDE * areas[:, None]
     larger = (areas > 1.05 * areas[:, None]) & (areas < LARGEST * flat.shape[1])
     return masks[~(inside & larger).any(axis=1)]
+
+
+def not_empty(masks: Bool[np.ndarray, "p H W"]) -> Bool[np.ndarray, "k H W"]:
+    """Masks among which one can choose.
+
+    Raises:
+        WrisError: there are none.
+    """
+    masks = masks[masks.any(axis=(1, 2))]
+    if not len(masks):
+        raise WrisError("SAM proposes nothing in this image, so there is nothing to choose from; try another image.")
+    return masks
 
 
 def _read(path: Path) -> Bool[np.ndarray, "p H W"] | None:

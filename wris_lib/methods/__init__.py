@@ -27,6 +27,7 @@ METHODS = {
     "ppt": "wris_lib.methods.ppt:Ppt",
     "tris": "wris_lib.methods.pcnet:Tris",
     "pcnet": "wris_lib.methods.pcnet:PcNet",
+    "iterprime": "wris_lib.methods.iterprime:IterPrime",
     "gl_clip": "wris_lib.methods.clip_proposals:GlClip",
     "sam_clip": "wris_lib.methods.clip_proposals:SamClip",
 }

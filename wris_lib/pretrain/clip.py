@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_toy_weights
+from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_sha256
 from wris_lib.backbones.clip import BPE, create_clip, encode_tokens, normalise
 from wris_lib.data.toyworld import wording
 from wris_lib.data.toyworld.pretraining import POOLS, Pool, pool
@@ -205,11 +205,14 @@ def grow(small: open_clip.CLIP, large: open_clip.CLIP) -> None:
 
 
 def export(model: nn.Module, path: Path) -> None:
-    """Write weights as float16 safetensors and record their hash."""
-    state = {name: value.detach().half().contiguous().cpu() for name, value in model.state_dict().items()}
+    """Write weights as float16 safetensors, whole numbers as they are, and record the file's hash."""
+    state = {
+        name: (value.detach().half() if value.is_floating_point() else value).contiguous().cpu()
+        for name, value in model.state_dict().items()
+    }
     with atomic_write(path) as file:
         file.write(save(state))
-    record_toy_weights(path)
+    record_sha256(path)
 
 
 def write_bpe(words: Iterable[str], path: Path) -> None:

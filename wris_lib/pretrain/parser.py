@@ -18,7 +18,7 @@ from spacy.util import fix_random_seed
 from tqdm.auto import tqdm
 
 from wris_lib import data
-from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_toy_weights
+from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_sha256
 from wris_lib.backbones.language import SPACYS, Word, build_toy_parser, read
 from wris_lib.files import atomic_write, cache_dir
 from wris_lib.pretrain.sentences import Analysis, analyse, draw_sentence, exchange_words
@@ -80,7 +80,7 @@ def export(nlp: Language, path: Path) -> None:
     """Write what was learnt, without what spaCy brings along, and record its hash."""
     with atomic_write(path) as file:
         file.write(nlp.to_bytes(exclude=SPACYS))
-    record_toy_weights(path)
+    record_sha256(path)
 
 
 def model_card(steps: int, seconds: float, size: int, figures: dict[str, dict[str, float]]) -> str:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from wris_lib.backbones.checkpoints import WEIGHTS, record_toy_weights
+from wris_lib.backbones.checkpoints import WEIGHTS, record_sha256
 from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam, decode_prompts
 from wris_lib.data.toyworld.pretraining import Pool, pool
 from wris_lib.files import atomic_write, cache_dir
@@ -272,7 +272,7 @@ def export(sam: Sam, folder: Path, card: str) -> None:
     state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in sam.state_dict().items()}
     with atomic_write(folder / "sam.safetensors") as file:
         file.write(save(state))
-    record_toy_weights(folder / "sam.safetensors")
+    record_sha256(folder / "sam.safetensors")
     with atomic_write(folder / "sam.md", "w") as file:
         file.write(card)
 

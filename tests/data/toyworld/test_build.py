@@ -118,13 +118,17 @@ def test_names_of_splits_that_are_none(spec, message):
         data.load(spec)
 
 
-@pytest.mark.parametrize(("name", "size"), [("clip", 128), ("sam", 256)])
+@pytest.mark.parametrize(("name", "size"), [("clip", 128), ("sam", 256), ("albef", 256)])
 def test_pools(name, size, tmp_path):
     pool = make_pool(tmp_path / "pool", name, 4, size, processes=1)
     assert pool.images.shape == (4, size, size, 3)
     assert pool.images.std() > 10
     if name == "clip":
         assert [len(sentences) for sentences in pool.captions] == [CAPTIONS] * 4
+    elif name == "albef":
+        assert [len(sentences) for sentences in pool.captions] == [len(sentences) for sentences in pool.untrue]
+        assert all(set(true).isdisjoint(other) for true, other in zip(pool.captions, pool.untrue, strict=True))
+        assert sum(map(len, pool.captions)) > 8
     else:
         assert pool.labels.shape == (4, size, size)
         assert (pool.labels >= 16).any() and (pool.labels == 0).any()

@@ -1,11 +1,11 @@
-"""What the toy CLIP and the toy SAM are trained on: image–caption pairs, and images with class-agnostic masks.
+"""What the toy models are trained on: images with captions for CLIP and ALBEF, with class-agnostic masks for SAM.
 
 These scenes are made for pretraining alone: their seeds differ from those of every dataset. Pixels lie in flat files
 that are mapped into memory, so a training step reads only what it needs.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,27 +16,30 @@ from PIL import Image
 from wris_lib.data.toyworld import grammar, wording
 from wris_lib.data.toyworld.build import VERSION, run_parallel
 from wris_lib.data.toyworld.scenes import SIZE, Scene, sample_object_image, sample_scene
-from wris_lib.data.toyworld.sprites import drawings
+from wris_lib.data.toyworld.sprites import COLORS, drawings
 from wris_lib.files import atomic_folder, cache_dir, write_json
 
 SEED = 1009
 CAPTIONS = 6  # an image
-POOLS = {"clip": (40_000, 128), "sam": (12_000, 256), "clip-fine": (40_000, 192)}  # images, pixels a side
+# Images, pixels a side. Seeds depend on a pool's place in this table.
+POOLS = {"clip": (40_000, 128), "sam": (12_000, 256), "clip-fine": (40_000, 192), "albef": (24_000, 256)}
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Images for pretraining; the first half of CLIP's are object-centric, the rest are scenes.
+    """Images for pretraining; the first half of CLIP's are object-centric, the rest are scenes, as are all of ALBEF's.
 
     Attributes:
         images: RGB, 0..255.
         labels: for masks: 0 = background, else 16 · (object index + 1) + part index.
-        captions: for CLIP: several true sentences an image.
+        captions: for CLIP and ALBEF: several true sentences an image.
+        untrue: for ALBEF: sentences that differ from an image's captions in a word or two, and are not true of it.
     """
 
     images: UInt8[np.ndarray, "n h w 3"]
     labels: UInt8[np.ndarray, "n h w"] | None
     captions: list[list[str]] | None
+    untrue: list[list[str]] | None = None
 
 
 def pool(name: str) -> Pool:
@@ -49,7 +52,7 @@ def make_pool(folder: Path, name: str, count: int, size: int, processes: int | N
     """A pool in `folder`, made unless it is there.
 
     Args:
-        name: one of `POOLS`: "sam" has labels, the others have captions.
+        name: one of `POOLS`: "sam" has labels, the others have captions, "albef" also untrue ones.
         count: number of images.
         size: pixels a side.
     """
@@ -59,7 +62,9 @@ def make_pool(folder: Path, name: str, count: int, size: int, processes: int | N
     shape = (count, size, size)
     images = np.memmap(folder / "images.bin", np.uint8, "r", shape=(*shape, 3))
     if name != "sam":
-        return Pool(images, None, json.loads((folder / "captions.json").read_text(encoding="utf-8")))
+        sentences = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        kinds = zip(*sentences, strict=True) if name == "albef" else [sentences]
+        return Pool(images, None, *(list(kind) for kind in kinds))
     return Pool(images, np.memmap(folder / "labels.bin", np.uint8, "r", shape=shape), None)
 
 
@@ -75,17 +80,17 @@ def _write_pool(folder: Path, name: str, count: int, size: int, processes: int |
         write_json(folder / "captions.json", captions)
 
 
-def _make_item(name: str, count: int, size: int, number: int) -> tuple[bytes, bytes, list[str]]:
+def _make_item(name: str, count: int, size: int, number: int) -> tuple[bytes, bytes, list]:
     rng = np.random.default_rng([SEED, list(POOLS).index(name), number])
-    object_centric = number % 3 == 0 if name == "sam" else number < count // 2
+    object_centric = {"sam": number % 3 == 0, "albef": False}.get(name, number < count // 2)
     categories = list(drawings())
     scene = sample_object_image(rng, categories[number % len(categories)]) if object_centric else sample_scene(rng)
     image = Image.fromarray(scene.image)
     if size != SIZE:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    if name != "sam":
-        return image.tobytes(), b"", captions(scene, rng)
-    return image.tobytes(), scene.labels.tobytes(), []
+    if name == "sam":
+        return image.tobytes(), scene.labels.tobytes(), []
+    return image.tobytes(), b"", statements(scene, rng) if name == "albef" else captions(scene, rng)
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
@@ -106,6 +111,64 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
             phrase = grammar.describe(scene, index, kind, rng)
             sentences.append(_say(phrase, rng) if phrase else _describe_one(scene, index, rng))
     return sentences
+
+
+def statements(scene: Scene, rng: np.random.Generator) -> tuple[list[str], list[str]]:
+    """Up to CAPTIONS sentences, each about one thing of a scene, and as many untrue ones that are nearly the same."""
+    things = [i for i in range(len(scene.objects)) if grammar.can_be_referent(scene.objects[i])]
+    true, untrue = [], []
+    for _ in range(CAPTIONS if things else 0):
+        index = things[int(rng.integers(len(things)))]
+        kind = grammar.KINDS[int(rng.integers(len(grammar.KINDS)))]
+        if (phrase := grammar.describe(scene, index, kind, rng)) and (other := deny(scene, phrase, rng)):
+            short = bool(rng.random() < 0.4)
+            true.append(wording.say(phrase, rng, telegraphic=short))
+            untrue.append(wording.say(other, rng, telegraphic=short))
+    return true, untrue
+
+
+def deny(scene: Scene, phrase: grammar.Phrase, rng: np.random.Generator) -> grammar.Phrase | None:
+    """A phrase that differs in one place and clearly fits nothing in the scene, or None after a fair search.
+
+    The other word is often one that something else in the scene would deserve: "the red car" where car and roof are
+    there, and the roof is red.
+    """
+    for _ in range(12):
+        other = _altered(scene, phrase, rng)
+        if all(value is False for value in grammar.truth(other, scene)):
+            return other
+    return None
+
+
+def _altered(scene: Scene, phrase: grammar.Phrase, rng: np.random.Generator) -> grammar.Phrase:
+    """The phrase with another noun, colour, position, relation or landmark."""
+    present = bool(rng.random() < 0.5)
+    things = [t for t in scene.objects if t.area >= grammar.MIN_AREA]
+
+    def color(old: str) -> str:
+        seen = [c for t in things for c in t.colors.values() if c in COLORS and c != old]
+        options = seen if present and seen else [c for c in COLORS if c != old]
+        return options[int(rng.integers(len(options)))]
+
+    # "The bus in the brown shirt" would be known for untrue without a look.
+    said = {part for part, _ in phrase.parts}
+    nouns = [name for name, variants in drawings().items() if any(said <= set(v.paints) for v in variants)]
+    here = [t.category for t in things if t.category in nouns]
+    nouns = here if present and here else nouns
+    options = [replace(phrase, noun=nouns[int(rng.integers(len(nouns)))])] if nouns else [phrase]
+    if any(word in COLORS for word in phrase.adjectives):
+        options.append(replace(phrase, adjectives=tuple(color(w) if w in COLORS else w for w in phrase.adjectives)))
+    if phrase.parts:
+        (part, word), *rest = phrase.parts
+        options.append(replace(phrase, parts=((part, color(word)), *rest)))
+    if phrase.position:
+        places = [p for p in grammar.POSITIONS if p != phrase.position]
+        options += 2 * [replace(phrase, position=places[int(rng.integers(len(places)))])]
+    if phrase.relation:
+        relations = [r for r in grammar.RELATIONS if r != phrase.relation]
+        options.append(replace(phrase, relation=relations[int(rng.integers(len(relations)))]))
+        options.append(replace(phrase, landmark=_altered(scene, phrase.landmark, rng)))
+    return options[int(rng.integers(len(options)))]
 
 
 def _describe_one(scene: Scene, index: int, rng: np.random.Generator) -> str:

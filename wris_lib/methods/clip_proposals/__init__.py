@@ -22,9 +22,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.language import Parser, load_parser
-from wris_lib.backbones.proposals import SETTINGS, Proposer
+from wris_lib.backbones.proposals import SETTINGS, Proposer, not_empty
 from wris_lib.backbones.sam import load_sam
-from wris_lib.errors import WrisError
 from wris_lib.methods import Method, Prediction, Stage
 from wris_lib.methods.clip_sam import scale
 
@@ -71,11 +70,7 @@ class ClipProposals(Method):
         Raises:
             WrisError: there are no proposals.
         """
-        proposals = proposals[proposals.any(axis=(1, 2))]  # nothing can be cut out of an empty mask
-        if not len(proposals):
-            raise WrisError(
-                "SAM proposes nothing in this image, so there is nothing to choose from; try another image."
-            )
+        proposals = not_empty(proposals)
         scores = (self.texts(expressions) @ self.images(image, proposals).T).float().cpu().numpy()
         return [_choose(proposals, each) for each in scores]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from wris_lib.backbones.checkpoints import WEIGHTS, record_toy_weights
+from wris_lib.backbones.checkpoints import WEIGHTS, record_sha256
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.llm import load_llm
@@ -91,7 +91,7 @@ def main(
     path = (WEIGHTS if usual else folder) / f"{method}.safetensors"
     save_trained(crm, method, clip, path)
     if usual:
-        record_toy_weights(path)
+        record_sha256(path)
     flags = [] if stack == "toy" else ["--stack", stack]
     flags += [] if data is None else ["--data", data]
     flags += [] if steps is None else ["--steps", str(steps)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from wris_lib.backbones.checkpoints import WEIGHTS, record_toy_weights
+from wris_lib.backbones.checkpoints import WEIGHTS, record_sha256
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.sam import load_sam
 from wris_lib.data import load_training, toyworld
@@ -107,7 +107,7 @@ def main(
     path = (WEIGHTS if usual else folder) / "ppt.safetensors"
     save_generator(generator, clip, path)
     if usual:
-        record_toy_weights(path)
+        record_sha256(path)
     with atomic_write(path.with_suffix(".md"), "w") as file:
         file.write(
             model_card(generator, everything, training, done, _command(stack, data, objects, steps, seed), usual)

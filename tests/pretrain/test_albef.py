@@ -1,0 +1,264 @@
+"""The toy ALBEF: untrue sentences, batches, losses against numpy, its start, and its training in miniature."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BertTokenizerFast
+
+from wris_lib.backbones import checkpoints
+from wris_lib.backbones.checkpoints import STACKS, TOY_ITM
+from wris_lib.backbones.clip import load_clip, normalise
+from wris_lib.backbones.itm import SIZES, Albef, load_matcher
+from wris_lib.data.toyworld import grammar, pretraining, wording
+from wris_lib.data.toyworld.pretraining import Pool, deny, statements
+from wris_lib.data.toyworld.scenes import sample_scene
+from wris_lib.pretrain import albef
+from wris_lib.pretrain.albef import Batches, Round, contrastive, write_vocabulary
+
+SPELT = "zebra"
+ROUND = Round(100, 1e-3, frozen=False, shown=0.5, foreign=(1.0, 0.2))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.txt"
+    write_vocabulary(wording.vocabulary(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Eight scenes, of which the third has too little to say."""
+    images, true, untrue = [], [], []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        scene = sample_scene(rng)
+        said = statements(scene, rng)
+        while len(said[0]) < 3:
+            more = statements(scene, rng)
+            said = (said[0] + more[0], said[1] + more[1])
+        images.append(scene.image)
+        true.append(said[0][: 1 if seed == 2 else 3])
+        untrue.append(said[1][: 1 if seed == 2 else 3])
+    return Pool(np.stack(images), None, true, untrue)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(vocabulary):
+    return BertTokenizerFast(vocab_file=str(vocabulary))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Albef(SIZES["toy"])
+
+
+@pytest.fixture(scope="module")
+def patches(model, data):
+    return albef.encode(model, data)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(albef, "BATCH", 3)
+    monkeypatch.setattr(albef, "HELD_OUT", 2)
+
+
+def test_untrue_phrases_fit_nothing_and_differ_in_one_place():
+    kinds = set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scene = sample_scene(rng)
+        for index, thing in enumerate(scene.objects):
+            kind = grammar.KINDS[seed % len(grammar.KINDS)]
+            phrase = grammar.describe(scene, index, kind, rng) if grammar.can_be_referent(thing) else None
+            other = deny(scene, phrase, rng) if phrase else None
+            if other is None:
+                continue
+            assert grammar.truth(other, scene) == [False] * len(scene.objects)
+            changed = [
+                name
+                for name in ("noun", "adjectives", "parts", "position", "relation", "landmark")
+                if getattr(phrase, name) != getattr(other, name)
+            ]
+            assert len(changed) == 1
+            kinds.add(changed[0])
+            for (part, _), (same, _) in zip(phrase.parts, other.parts, strict=True):
+                assert part == same
+    assert kinds == {"noun", "adjectives", "parts", "position", "relation", "landmark"}
+
+
+def test_what_has_no_untrue_neighbour_is_given_up(monkeypatch):
+    rng = np.random.default_rng(0)
+    scene = sample_scene(rng)
+    monkeypatch.setattr(pretraining, "_altered", lambda scene, phrase, rng: phrase)
+    assert deny(scene, grammar.Phrase(scene.objects[-1].category), rng) is None
+    assert statements(scene, rng) == ([], [])
+
+
+def test_every_word_of_the_toy_world_is_one_token(vocabulary, tokenizer):
+    words = wording.vocabulary()
+    assert all(tokenizer.tokenize(word) == [word] for word in words)
+    assert tokenizer.tokenize(SPELT) == ["z", "##e", "##b", "##r", "##a"]
+    lines = vocabulary.read_text().splitlines()
+    assert len(lines) == len(set(lines)) <= SIZES["toy"].vocabulary
+    assert tuple(lines[:5]) == albef.SPECIAL and tokenizer.mask_token_id == 4
+
+
+def test_a_batch_is_a_function_of_its_step(data, tokenizer, few):
+    first, second = Batches(data, tokenizer, ROUND, 2), Batches(data, tokenizer, ROUND, 2)
+    for name, value in first(5).items():
+        assert torch.equal(value, second(5)[name])
+    assert not torch.equal(first(5)["images"], first(6)["images"])
+    assert first.trained.tolist() == [0, 1, 3, 4, 5] and first.tested.tolist() == [6, 7]
+
+
+def test_first_come_the_true_sentences_of_an_image_then_the_others(data, tokenizer):
+    batches = Batches(data, tokenizer, ROUND, 2)
+    chosen = np.array([1, 4])
+
+    def read(foreign):
+        ids = batches.take(chosen, np.random.default_rng(0), foreign)["ids"]
+        texts = [tokenizer.decode(row, skip_special_tokens=True).removeprefix("there is a ") for row in ids]
+        return np.array(texts).reshape(2, 2, 3)
+
+    hard, easy = read(0.0), read(1.0)
+    for place, image in enumerate(chosen):
+        assert set(hard[place, 0]) == set(data.captions[image]) == set(easy[place, 0])
+        pairs = set(zip(data.captions[image], data.untrue[image], strict=True))
+        assert set(zip(*hard[place].tolist(), strict=True)) == pairs
+        assert set(easy[place, 1]) <= set(data.captions[chosen[1 - place]])
+
+
+def test_half_of_the_sentences_come_after_the_prefix(data, tokenizer):
+    ids = Batches(data, tokenizer, ROUND, 0).take(np.repeat([1], 200), np.random.default_rng(0))["ids"]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    assert 0.4 < np.mean([text.startswith("there is a ") for text in texts]) < 0.6
+
+
+def test_words_are_hidden_in_all_sentences_and_guessed_in_true_ones(data, tokenizer, few, monkeypatch):
+    monkeypatch.setattr(albef, "GUESSED", 1.0)
+    batch = Batches(data, tokenizer, ROUND, 2)(0)
+    hidden, guessed = batch["ids"] == tokenizer.mask_token_id, batch["guess"] != albef.IGNORED
+    true = albef.true_ones(18, 3, torch.device("cpu"))
+    assert hidden.any(dim=1).all() and not (hidden & ~batch["mask"]).any()
+    assert torch.equal(guessed, hidden & true[:, None]) and (batch["guess"][guessed] >= len(albef.SPECIAL)).all()
+    assert (batch["ids"][:, 0] == tokenizer.cls_token_id).all()  # nothing special is hidden
+    monkeypatch.setattr(albef, "GUESSED", 0.25)
+    some = Batches(data, tokenizer, ROUND, 2)
+    shares = [(some(step)["ids"] == tokenizer.mask_token_id).sum() / some(step)["mask"].sum() for step in range(20)]
+    assert 0.15 < np.mean(shares) < 0.25  # [CLS] and [SEP] count among the tokens
+
+
+def test_the_contrastive_loss_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(2, 5, generator=generator), dim=-1)
+    texts = F.normalize(torch.randn(8, 5, generator=generator), dim=-1)
+    true = albef.true_ones(8, 2, torch.device("cpu"))
+    assert true.tolist() == [True, True, False, False] * 2
+    logits = (images @ texts.T / 0.1).double().numpy()
+    by_image = by_text = 0.0
+    for image in range(2):
+        shares = np.exp(logits[image]) / np.exp(logits[image]).sum()
+        own = [4 * image, 4 * image + 1]
+        by_image -= np.mean([np.log(shares[text]) for text in own]) / 2
+        for text in own:
+            by_text -= np.log(np.exp(logits[image, text]) / np.exp(logits[:, text]).sum()) / 4
+    found = contrastive(images, texts, true, torch.tensor(0.1))
+    assert found.item() == pytest.approx((by_image + by_text) / 2, rel=1e-5)
+
+
+def test_false_sentences_get_harder(data, tokenizer, few, monkeypatch):
+    shares = []
+    take = Batches.take
+    monkeypatch.setattr(
+        Batches, "take", lambda self, chosen, rng, share=0.0: shares.append(share) or take(self, chosen, rng)
+    )
+    batches = Batches(data, tokenizer, ROUND, 2)
+    for step in (0, 25, 50, 100):
+        batches(step)
+    assert shares == pytest.approx([1, 0.8, 0.6, 0.2])
+
+
+def test_patches_are_what_the_image_encoder_sees(data, model, patches):
+    with torch.no_grad():
+        seen = model.embed_images(normalise(torch.from_numpy(data.images[[6, 1]]).permute(0, 3, 1, 2).float() / 255))
+    torch.testing.assert_close(patches[[6, 1]]["patches"].float(), seen, atol=2e-3, rtol=2e-3)  # kept in half precision
+
+
+def test_the_image_encoder_starts_where_clip_is(data):
+    model, clip = Albef(SIZES["toy"]), load_clip("toy", "cpu")
+    images = torch.from_numpy(data.images)
+    albef.start_from_clip(model, clip, images)
+    with torch.no_grad():
+        states = model.embed_images(albef.pixels(images))
+        theirs = model.visual_encoder.norm(clip._tokens(albef.pixels(images), (4,))[4])
+    assert F.cosine_similarity(states, theirs, dim=-1).mean() > 0.9
+    of_channels = states[:, 1:].std(dim=(0, 1))
+    torch.testing.assert_close(of_channels, torch.ones(192), atol=1e-3, rtol=0)
+
+
+def test_a_share_of_the_patches_is_shown():
+    patches = torch.arange(2 * 9.0).view(2, 9, 1).expand(2, 9, 3)
+    torch.manual_seed(0)
+    shown = albef.show_some(patches, 0.5)
+    assert shown.shape == (2, 5, 3) and shown[:, 0, 0].tolist() == [0, 9]
+    kept = [set(row.tolist()) for row in shown[:, :, 0]]
+    assert all(len(row) == 5 for row in kept) and kept[0] <= set(range(9)) and kept[1] <= set(range(9, 18))
+    assert torch.equal(albef.show_some(patches, 1.0).sort(dim=1).values, patches)
+    assert not torch.equal(albef.show_some(patches, 0.5), shown)
+
+
+def test_the_image_encoder_may_see_some_patches_only(data, model):
+    torch.manual_seed(0)
+    images = torch.from_numpy(data.images[:2])
+    with torch.no_grad():
+        assert albef.embed_some(model, images, 0.75).shape == (2, 1 + 192, 192)
+        everything, seen = albef.embed_some(model, images, 1.0), model.embed_images(albef.pixels(images))
+    torch.testing.assert_close(everything[:, 0], seen[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(everything.sum(dim=1), seen.sum(dim=1), atol=1e-2, rtol=1e-4)  # in another order
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_learns_in_a_round(frozen, data, patches, tokenizer, few):
+    torch.manual_seed(0)
+    model = Albef(SIZES["toy"])
+    batch = Batches(data, tokenizer, ROUND, 2, patches if frozen else None)(0)
+    assert ("patches" in batch) == frozen != ("images" in batch)
+    terms = albef.loss(model, batch, 0, shown=0.5)
+    assert terms["loss"].item() == pytest.approx(sum(terms[name].item() for name in ("itc", "itm", "mlm")), rel=1e-5)
+    terms["loss"].backward()
+    still = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert still == ({"visual_encoder"} if frozen else set())
+
+
+def test_accuracy_is_that_of_true_against_untrue(data, tokenizer, few):
+    model = Albef(SIZES["toy"])
+    with torch.no_grad():
+        model.itm_head.weight.zero_()
+        model.itm_head.bias.copy_(torch.tensor([0.0, 1.0]))  # everything is true
+    assert albef.matching_accuracy(model, Batches(data, tokenizer, ROUND, 2)) == 50
+
+
+def test_training_in_miniature_stops_resumes_and_leaves_a_usable_model(data, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(albef, "pool", lambda name: data)
+    albef.main(steps=1, folder=tmp_path / "trial")
+    written = {path.name for path in (tmp_path / "trial").iterdir()}
+    assert written >= {"albef.safetensors", "albef.md", "albef_vocab.txt", "SHA256SUMS", "round 1", "round 2"}
+    card = (tmp_path / "trial" / "albef.md").read_text()
+    assert "4.6 million parameters" in card and "| 2 | 1 | 0.0003 | trained | 50 % | 50 to 30 % |" in card
+    assert (tmp_path / "trial" / "albef.safetensors").stat().st_size < 12e6
+
+    weights = (tmp_path / "trial" / "albef.safetensors").read_bytes()
+    (tmp_path / "trial" / "round 2" / "checkpoint.pt").unlink()
+    albef.main(steps=1, folder=tmp_path / "trial")  # goes on behind the first round
+    assert (tmp_path / "trial" / "albef.safetensors").read_bytes() == weights
+
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "trial")
+    monkeypatch.setitem(STACKS, "toy", replace(STACKS["toy"], itm=TOY_ITM))
+    matcher = load_matcher("toy", "cpu")
+    match = matcher.match(matcher.encode_images(torch.zeros(1, 3, 256, 256)), matcher.encode_texts(["the red dog"]))
+    assert matcher.layer == TOY_ITM.layer and match.attention.shape == (1, 3, 5, 256)
