@@ -358,7 +358,8 @@ def test_the_ablation(fake, baseline, tmp_path, capsys):
     path = tmp_path / "ppt_ablation.json"
     assert capsys.readouterr().out == f"{path}\n"
     results = json.loads(path.read_text())
-    check_form(results, "train ppt --ablation", [0, 1], steps=50)
+    check_form(results, "train ppt --ablation", [0, 1], steps=50, recipe=results["recipe"])
+    assert len(results["recipe"]) == len(CURRICULA) and all("-0-" in name for name in results["recipe"])
     means = {(each["name"], each["data"]): each["metrics"]["mIoU"] for each in results["rows"]}
     splits = ["toyref:val", "toyref+:val", "toyrefg:val"]
     names = [name for name in ablation_figure.PAPER if name[0] not in "15"]
@@ -382,6 +383,33 @@ def test_the_ablation(fake, baseline, tmp_path, capsys):
     assert all(means["1 CLIP + SAM", split] == {"mean": 1, "std": 0, "seeds": [1]} for split in splits)
 
 
+@pytest.mark.parametrize("study", [studies.ablation, studies.study])
+def test_seeds_may_be_measured_one_after_another(study, fake, baseline, tmp_path):
+    """Also on several machines: what was measured elsewhere is in the file only."""
+    study(steps=50, seeds=(2, 0, 1), folder=tmp_path / "at once")
+    for seed in (1, 2, 0, 1):
+        study(steps=50, seeds=(seed,), folder=tmp_path / "one by one")
+    whole, single = (next((tmp_path / way).iterdir()).read_text() for way in ("at once", "one by one"))
+    whole, single = json.loads(whole), json.loads(single)
+    assert single["seeds"] == [0, 1, 2] and whole["seeds"] == [2, 0, 1]
+    assert single["recipe"] == whole["recipe"] and len(single["rows"]) == len(whole["rows"])
+    for one, other in zip(single["rows"], whole["rows"], strict=True):
+        pairs = [(one["metrics"], other["metrics"])]
+        pairs += [(group["metrics"], other["kinds"][kind]["metrics"]) for kind, group in one["kinds"].items()]
+        for ours, theirs in pairs:
+            for metric, figures in ours.items():
+                assert (figures["mean"], figures["std"]) == (theirs[metric]["mean"], theirs[metric]["std"])
+                assert sorted(figures["seeds"]) == sorted(theirs[metric]["seeds"])
+
+
+def test_seeds_of_other_trainings_do_not_go_together(fake, baseline, tmp_path):
+    studies.ablation(steps=50, seeds=(0,), folder=tmp_path)
+    studies.ablation(steps=60, seeds=(1,), folder=tmp_path)
+    results = json.loads((tmp_path / "ppt_ablation.json").read_text())
+    assert results["seeds"] == [1] and results["steps"] == 60
+    assert all(len(each["metrics"]["mIoU"]["seeds"]) == 1 for each in results["rows"])
+
+
 def test_the_ablations_trainings(fake, baseline, tmp_path):
     """Six curricula; rows 3, 4 and 5 are one training. Seed after seed, so that all rows are there early."""
     studies.ablation(steps=50, seeds=(0, 1), folder=tmp_path)
@@ -399,7 +427,7 @@ def test_the_ablations_trainings(fake, baseline, tmp_path):
 def test_the_study(fake, tmp_path):
     studies.study(steps=50, seeds=(0, 2), folder=tmp_path)
     results = json.loads((tmp_path / "ppt_study.json").read_text())
-    check_form(results, "train ppt --study", [0, 2], steps=50)
+    check_form(results, "train ppt --study", [0, 2], steps=50, recipe=results["recipe"])
     assert [(each["name"], each["data"], each["n"]) for each in results["rows"]] == [
         (name, "toyref:val", 2) for name in studies.STUDIED
     ]

@@ -4,6 +4,7 @@ A study is a list of trainings, each with a folder of its own in the cache. Star
 and they divide the trainings among themselves; stop it, and it goes on where it was.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -69,12 +70,54 @@ def row(name: str, split: str, seeds: Sequence[list[Record]]) -> dict[str, Any]:
 def over_seeds(seeds: Sequence[list[Record]]) -> dict[str, dict[str, Any]]:
     """Every metric as "mean", "std" (of the sample; 0 for one seed) and "seeds"."""
     tables = [evaluate.summarize(records) for records in seeds]
-    found = {}
-    for name in tables[0]:
-        values = [table[name]["mean"] for table in tables]
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        found[name] = {"mean": round(float(np.mean(values)), 2), "std": round(spread, 2), "seeds": values}
-    return found
+    return {name: _over([table[name]["mean"] for table in tables]) for name in tables[0]}
+
+
+def _over(values: list[float]) -> dict[str, Any]:
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": round(float(np.mean(values)), 2), "std": round(spread, 2), "seeds": values}
+
+
+def join(
+    path: Path, recipe: list[str], seeds: Sequence[int], rows: list[dict[str, Any]]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """New rows together with other seeds' figures that a result file already has.
+
+    A study may take longer than a machine is at hand. So seeds can be measured one at a time, on several machines; they
+    go together only when everything that they depend on is the same.
+
+    Args:
+        path: of the file, which need not be there.
+        recipe: all that a row depends on but its seed; the file's must be the same, or its figures are dropped.
+        seeds: of the new rows; they take the place of the same seeds in the file.
+        rows: new, as from `row`, one figure a seed.
+
+    Returns:
+        All seeds in order, and the rows of them all.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kept.get("recipe") != recipe:
+        return list(seeds), rows
+    every = sorted({*seeds, *kept["seeds"]})
+
+    def joined(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for metric, figures in new.items():
+            by_seed = dict(zip(kept["seeds"], old[metric]["seeds"], strict=True))
+            by_seed |= dict(zip(seeds, figures["seeds"], strict=True))
+            found[metric] = _over([by_seed[seed] for seed in every])
+        return found
+
+    before = {(each["name"], each["data"]): each for each in kept["rows"]}
+    whole = []
+    for new in rows:
+        old = before[new["name"], new["data"]]
+        kinds = {
+            kind: group | {"metrics": joined(group["metrics"], old["kinds"][kind]["metrics"])}
+            for kind, group in new["kinds"].items()
+        }
+        whole.append(new | {"metrics": joined(new["metrics"], old["metrics"]), "kinds": kinds})
+    return every, whole
 
 
 def write(path: Path, command: str, seeds: Sequence[int], rows: list[dict[str, Any]], **more: Any) -> None:

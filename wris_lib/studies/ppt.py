@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from wris_lib.methods.ppt.run import TOY_DATA, configure, load_data
 from wris_lib.methods.ppt.training import H_SEM, Batches, TrainingData, start, training_loss
 from wris_lib.methods.ppt.vision import visual_encoder
 from wris_lib.report import RESULTS
-from wris_lib.studies.common import LIMIT, SEEDS, do_all, row, write
+from wris_lib.studies.common import LIMIT, SEEDS, do_all, join, row, write
 from wris_lib.train import move
 
 PAPERS_WAY = 200  # images whose candidates are also made as in the paper
@@ -132,7 +132,7 @@ class Runner:
 def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
     """The nine rows of PPT's Table 3 on ToyRef val, rows 1 and 5 also on ToyRef+ and ToyRefg.
 
-    Writes `ppt_ablation.json`.
+    Writes `ppt_ablation.json`; other seeds that are in it already stay, see `join`.
 
     Args:
         steps: of a training; None: the usual number.
@@ -147,18 +147,23 @@ def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Pat
             wanted.setdefault((curriculum, seed), {})[stage] = splits
     runs = {key: Run(key[0], config, _training(steps, key[1]), stages) for key, stages in wanted.items()}
     do_all(sorted(runs.values(), key=lambda run: run.training.seed), lambda: Runner().do)
+    baseline = [
+        row(BASELINE, split, [benchmark.records("clip_sam surgery", split, LIMIT, stack="toy")])
+        for split in ("toyref:val", *OTHER_SPLITS)
+    ]
     rows = []
-    for split in ("toyref:val", *OTHER_SPLITS):
-        rows.append(row(BASELINE, split, [benchmark.records("clip_sam surgery", split, LIMIT, stack="toy")]))
     for name, (curriculum, stage) in ROWS.items():
         for split in runs[curriculum, seeds[0]].stages[stage]:
             every = [json.loads(runs[curriculum, seed].records(stage, split).read_text()) for seed in seeds]
             rows.append(row(name, split, every))
-    write(folder / "ppt_ablation.json", "train ppt --ablation", seeds, rows, steps=_training(steps, 0).steps)
+    path, recipe, steps = folder / "ppt_ablation.json", _recipe(runs.values()), _training(steps, 0).steps
+    seeds, rows = join(path, recipe, seeds, rows)
+    write(path, "train ppt --ablation", seeds, baseline + rows, steps=steps, recipe=recipe)
 
 
 def study(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
-    """K, M, labels and weights of the loss, one changed at a time, on ToyRef val. Writes `ppt_study.json`."""
+    """K, M, labels and weights of the loss, one changed at a time, on ToyRef val. Writes `ppt_study.json`, as
+    `ablation` does."""
     clip = load_clip("toy")
     runs = {
         (name, seed): Run(
@@ -175,7 +180,14 @@ def study(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path =
         row(name, "toyref:val", [json.loads(runs[name, s].records(3, "toyref:val").read_text()) for s in seeds])
         for name in STUDIED
     ]
-    write(folder / "ppt_study.json", "train ppt --study", seeds, rows, steps=_training(steps, 0).steps)
+    path, recipe, steps = folder / "ppt_study.json", _recipe(runs.values()), _training(steps, 0).steps
+    seeds, rows = join(path, recipe, seeds, rows)
+    write(path, "train ppt --study", seeds, rows, steps=steps, recipe=recipe)
+
+
+def _recipe(runs: Iterable[Run]) -> list[str]:
+    """What a study's figures depend on besides the seed: the names that its runs would have with seed 0."""
+    return sorted({replace(run, training=replace(run.training, seed=0)).folder.name for run in runs})
 
 
 def _training(steps: int | None, seed: int) -> Training:
