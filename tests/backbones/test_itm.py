@@ -1,5 +1,7 @@
 """Image–text matching against the upstream models' own forward and backward passes, with hooks; tiny random models."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -294,7 +296,16 @@ def test_a_stack_without_a_matching_model_says_so():
         load_matcher("toy")
 
 
+def test_pictures_that_are_cut_short_are_still_noticed_after_lavis_is_imported():
+    code = (
+        "from PIL import ImageFile; from wris_lib.backbones.itm import SIZES, Albef; Albef(SIZES['toy']);"
+        "import sys; print('lavis' in sys.modules, ImageFile.LOAD_TRUNCATED_IMAGES)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
+
+
 def test_without_lavis_albef_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lavis.models.med", None)
+    monkeypatch.setitem(sys.modules, "lavis.models.med", None)
     with pytest.raises(WrisError, match="LAVIS, whose ALBEF is needed, cannot be imported .* or use BLIP"):
         Albef(SIZE)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizerFast, PreTrainedTokenizerFast
 
@@ -253,6 +253,7 @@ class Albef(ImageTextModel):
 
     def __init__(self, size: AlbefSize) -> None:
         super().__init__()
+        lenient = ImageFile.LOAD_TRUNCATED_IMAGES
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # LAVIS uses timm's and setuptools' former names
@@ -263,6 +264,9 @@ class Albef(ImageTextModel):
                 f"LAVIS, whose ALBEF is needed, cannot be imported ({error}); install the versions of requirements.lock"
                 " with `--no-deps`, as README says, or use BLIP: `load_blip`."
             ) from error
+        finally:
+            # LAVIS tells Pillow, for the whole process, to fill up pictures that are cut short.
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
         self.size, self.first_fusion = size, size.fusion_layer
         self.visual_encoder = VisionTransformer(
             img_size=size.image_size,

@@ -90,7 +90,7 @@ def _make_item(name: str, count: int, size: int, number: int) -> tuple[bytes, by
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     if name == "sam":
         return image.tobytes(), scene.labels.tobytes(), []
-    return image.tobytes(), b"", statements(scene, rng) if name == "albef" else captions(scene, rng)
+    return image.tobytes(), b"", list(statements(scene, rng)) if name == "albef" else captions(scene, rng)
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
