@@ -12,7 +12,7 @@ vectors (contrastive, ITC), to tell whether a sentence belongs to an image (matc
   nothing. Here they are at first another image's, drawn without preference, and later more and more often sentences
   that differ from a true one in one place and are known to be untrue.
 - Some of the patches, drawn anew in each step, are not shown, so that a sentence is not recognised by one of them; and
-  one reading with hidden words serves matching and guessing: a step costs half.
+  one reading with hidden words serves both matching and guessing.
 - There are no momentum models and no queues, which make up for noisy captions of the web.
 """
 
