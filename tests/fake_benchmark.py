@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from wris_lib import benchmark, data, methods
+from wris_lib import benchmark, contestants, data, methods
 from wris_lib.data.refer import EvaluationItem
-from wris_lib.methods import Method, Prediction
+from wris_lib.methods import Listed, Method, Prediction
 
 KINDS = ("noun", "attribute", "position")
 
@@ -88,9 +88,10 @@ def read_split(folder: Path) -> SimpleNamespace:
 def install(split: Path, patch) -> None:
     """Let the benchmark find the fakes; `patch` is setattr, or pytest's monkeypatch.setattr."""
     patch(data, "load", lambda spec: read_split(split / spec.replace(":", "_")), raising=False)
-    patch(benchmark, "checkpoint_path", lambda checkpoint: split / checkpoint.file)
-    patch(methods, "METHODS", {"fake": "tests.fake_benchmark:Fake"})
-    patch(benchmark, "METHODS", methods.METHODS)
+    for module in (benchmark, contestants):
+        patch(module, "checkpoint_path", lambda checkpoint: split / checkpoint.file)
+    patch(methods, "METHODS", {"fake": Listed("tests.fake_benchmark:Fake")})
+    patch(contestants, "METHODS", methods.METHODS)
     methods._load.cache_clear()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests import fake_benchmark
 from tests.fake_benchmark import Fake
-from wris_lib import benchmark, report
+from wris_lib import benchmark, contestants, report
 from wris_lib.backbones.checkpoints import get_stack
 from wris_lib.errors import WrisError
 
@@ -169,7 +169,7 @@ def test_what_is_no_row_is_measured_alike_and_not_kept(split, tmp_path):
 
 def test_a_method_without_variants_is_a_row_of_its_own_name(split, monkeypatch):
     monkeypatch.setattr(Fake, "variants", {"": {}})
-    (row,) = benchmark.contestants("fake")
+    (row,) = contestants.contestants("fake")
     assert (row.name, row.method, row.options) == ("fake", "fake", {})
     assert {record["kind"] for record in benchmark.records("fake", "fake:testA")} == set(fake_benchmark.KINDS)
 
@@ -278,7 +278,7 @@ def test_the_oracle_gets_the_true_box(split, monkeypatch):
                 mask[y0:y1, x0:x1] = True
             return masks
 
-    monkeypatch.setattr(benchmark, "load_sam", lambda stack: FakeSam())
+    monkeypatch.setattr(contestants, "load_sam", lambda stack: FakeSam())
     found = benchmark.records("sam box", "fake:val")
     assert asked[3] == [1, 4, 11, 12]
     assert {record["iou"] for record in found} == {1}

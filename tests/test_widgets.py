@@ -46,7 +46,7 @@ def lab():
 
 @pytest.fixture
 def expressions(monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "fake", "tests.fake_benchmark:Fake")
+    monkeypatch.setitem(methods.METHODS, "fake", methods.Listed("tests.fake_benchmark:Fake"))
     return ExpressionLab(IMAGE, "fake")
 
 

@@ -70,12 +70,17 @@ def build_parser() -> argparse.ArgumentParser:
     segmented.add_argument("--stack", help=STACK_HELP)
 
     measured = add(benchmark, "measure methods on splits")
+    who = measured.add_mutually_exclusive_group(required=True)
+    who.add_argument("--method", nargs="+", metavar="NAME", help='methods, variants ("clip_sam plain") or "sam box"')
+    who.add_argument("--all", action="store_true", help="every method and variant, and what they cost")
+    measured.add_argument("--data", nargs="+", metavar="SPLIT", help=f"such as {SPLITS} (with --all: all toy splits)")
     measured.add_argument(
-        "--method", nargs="+", required=True, metavar="NAME", help='methods, variants ("clip_sam plain") or "sam box"'
+        "--name", help="writes results/NAME.json, .md and .png (the first method's name; with --all: benchmark)"
     )
-    measured.add_argument("--data", nargs="+", required=True, metavar="SPLIT", help=f"such as {SPLITS}")
-    measured.add_argument("--name", help="writes results/NAME.json, .md and .png (the first method's name)")
-    measured.add_argument("--limit", type=positive, metavar="N", help="at least N expressions of a split, drawn")
+    measured.add_argument(
+        "--limit", type=positive, metavar="N", help="at least N expressions of a split, drawn (all; with --all: 500)"
+    )
+    measured.add_argument("--html", type=Path, metavar="FILE", help="also write a page with examples and disagreements")
     measured.add_argument("--seed", type=int, default=0, help="of that draw and of the intervals (0)")
     measured.add_argument("--stack", help=STACK_HELP)
 
@@ -136,14 +141,20 @@ def segment(options: argparse.Namespace) -> None:
 
 def benchmark(options: argparse.Namespace) -> None:
     """Measure methods on splits, and write table and picture into results/. A run that was stopped goes on where it
-    was. With --limit the files are named after it, so that a trial does not replace the full figures."""
+    was; processes started with the same command, such as by accelerate, divide the work. With --limit the files are
+    named after it, so that a trial does not replace the full figures. --all takes an hour or two on two cores."""
     from wris_lib import report
-    from wris_lib.benchmark import run
+    from wris_lib.benchmark import LIMIT, TOY_SPLITS, run
 
+    if not (options.all or options.data):
+        raise WrisError("nothing says what to measure on; add --data and a split, such as toyref:val.")
     limited = f"_limit{options.limit}" if options.limit else ""
-    name = options.name or options.method[0].split(" ")[0] + limited
-    results = run(options.method, options.data, name, options.limit, options.seed, options.stack)
-    print(report.table(results))
+    name = options.name or ("benchmark" if options.all else options.method[0].split(" ")[0]) + limited
+    limit = options.limit or (LIMIT if options.all else None)
+    splits = options.data or TOY_SPLITS
+    results = run(options.method, splits, name, limit, options.seed, options.stack, html=options.html)
+    if results is not None:
+        print(report.table(results))
 
 
 def train(options: argparse.Namespace) -> None:

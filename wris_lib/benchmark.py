@@ -4,9 +4,11 @@ Records are appended to a file in the cache as they are made. The file's name is
 depends on: method and options, the split with its pictures and outlines, the weights, the code, the packages. So
 a run that was killed goes on where it stopped, a second run costs nothing, and no record outlives what made it.
 The unit of work is an image with all its expressions, which share one embedding; a resumed run therefore does
-exactly the work of an uninterrupted one, and gets exactly its figures.
+exactly the work of an uninterrupted one, and gets exactly its figures. Started in several processes, by accelerate or
+by hand, a command's rows and splits are divided among them.
 
-What becomes of the records is in `wris_lib.evaluate` (figures) and `wris_lib.report` (results, table, picture).
+Who takes part is in `wris_lib.contestants`, what they cost in `wris_lib.cost`. What becomes of the records is in
+`wris_lib.evaluate` (figures), `wris_lib.report` (results, table, picture) and `wris_lib.page` (a page with examples).
 """
 
 import hashlib
@@ -16,154 +18,136 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
-from PIL import Image
+from accelerate import PartialState
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 import wris_lib
-from wris_lib import data, evaluate, report
+from wris_lib import cost, data, evaluate, page, report
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.features import PACKAGES
-from wris_lib.backbones.sam import load_sam
-from wris_lib.data.images import check_expression, load_image
+from wris_lib.contestants import Contestant, Predict, contestants, everyone
+from wris_lib.contestants import predictor as predictor  # studies measure what is no row with it
+from wris_lib.data.coco import encode_mask
+from wris_lib.data.images import load_image
 from wris_lib.data.refer import EvaluationItem
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import Record
 from wris_lib.files import cache_dir, readable_errors, sha256
-from wris_lib.methods import METHODS, Method, get_method, load_method
+from wris_lib.methods import get_method
 
-ORACLE = "sam box"
+# All toy splits that no training sees; ToyRef val comes first, since costs are measured and examples taken there.
+TOY_SPLITS = (
+    *("toyref:val", "toyref:testA", "toyref:testB", "toyref+:val", "toyref+:testA", "toyref+:testB"),
+    *("toyrefg:val", "toyrefg:test", "toycut:val", "toyobjects:val"),
+)
+# Of a comparison of everything: figures to ± 2 points in an hour or two on two cores.
+LIMIT = 500
 
-# An image and the questions about it -> for each question a mask and a response map, or None in place of a map.
-Predict = Callable[[Image.Image, list[EvaluationItem]], list[tuple[np.ndarray, np.ndarray | None]]]
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One row of the table: a method with its options. Without a method it is the oracle.
-
-    The oracle is SAM told the referent's true box, and so what a perfect pointer could reach.
-    """
-
-    name: str
-    method: str | None = None
-    options: dict[str, Hashable] = field(default_factory=dict)
-
-    def load(self, stack: str) -> Predict:
-        """Build it from a stack's models."""
-        if self.method is None:
-            sam = load_sam(stack)
-
-            def predict(image: Image.Image, items: list[EvaluationItem]):
-                embedded = sam.embed(image)
-                boxes = torch.from_numpy(np.stack([item.box for item in items]))
-                # A box leaves little doubt, and for such prompts upstream advises the single mask.
-                masks = sam.best_mask(embedded, sam.decode(embedded, boxes=boxes, multimask=False))
-                return [(mask, None) for mask in masks]
-
-            return predict
-        return predictor(load_method(self.method, stack, **self.options))
-
-
-def predictor(method: Method) -> Predict:
-    """A method as the benchmark asks it."""
-
-    def predict(image: Image.Image, items: list[EvaluationItem]):
-        answers = method.predict(image, [check_expression(item.expression) for item in items])
-        return [(answer.mask, answer.response_map) for answer in answers]
-
-    return predict
-
-
-def contestants(name: str) -> list[Contestant]:
-    """The rows that a name stands for.
-
-    Args:
-        name: a method ("clip_sam", meaning all its variants), one variant ("clip_sam plain"), or "sam box", the
-            oracle.
-
-    Raises:
-        WrisError: nothing has that name.
-    """
-    if name == ORACLE:
-        return [Contestant(ORACLE)]
-    method = name.split(" ")[0]
-    rows = []
-    if method in METHODS:
-        variants = get_method(method).variants
-        rows = [Contestant(f"{method} {variant}".strip(), method, options) for variant, options in variants.items()]
-    chosen = [row for row in rows if name in (method, row.name)]
-    if not chosen:
-        known = [*METHODS, *(row.name for row in rows), ORACLE]
-        raise WrisError(f"the benchmark has no method {name!r}; choose from: {', '.join(known)}.")
-    return chosen
+Found = dict[tuple[str, str], list[Record]]
 
 
 def run(
-    methods: Sequence[str],
+    methods: Sequence[str] | None,
     data_specs: Sequence[str],
     name: str,
     limit: int | None = None,
     seed: int = 0,
     stack: str | None = None,
     folder: Path = report.RESULTS,
-) -> report.Results:
+    html: Path | None = None,
+) -> report.Results | None:
     """Measure, and write `NAME.json`, `NAME.md` (a table) and `NAME.png` (a picture).
 
     Rows that the file already has, of other methods or other data, stay.
 
     Args:
-        methods: names as `contestants` takes them.
+        methods: names as `contestants` takes them. None: everyone that the stack has the models for, and what each of
+            them costs, too; a warning names the others.
         data_specs: splits, such as "toyref:val".
         name: of the files.
         limit: see `records`.
         seed: of the choice under `limit`, and of the bootstrap.
         stack: "toy" or "paper"; by default $WRIS_STACK, or "toy".
         folder: where the files go.
+        html: also write a page with examples there, see `page.write`.
 
     Returns:
-        What `NAME.json` then holds.
+        What `NAME.json` then holds; None in a process that has only helped another one, which writes the files.
 
     Raises:
         WrisError: no such method, split or stack, weights or data are missing, or a folder cannot be written.
     """
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise WrisError(f"{name!r} cannot name a result; use letters, digits, '_', '.', '+' and '-'.")
+    if html is not None:
+        page.check_place(html)  # now, and not after hours
+    process = PartialState(cpu=not torch.cuda.is_available())
     stack = get_stack(stack).name
-    wanted = [row for method in methods for row in contestants(method)]
+    names, left_out = (methods, {}) if methods is not None else everyone(stack)
+    if process.is_main_process:
+        for method, reason in left_out.items():
+            warnings.warn(f"{method} is left out: {reason}.", stacklevel=2)
+    wanted = [row for method in names for row in contestants(method)]
     splits = {spec: data.load(spec).items for spec in data_specs}
-    rows = []
-    for row in wanted:
-        for spec, items in splits.items():
-            found = records_of(row, spec, items, limit, seed, stack)
-            rows.append(
-                {
-                    "name": row.name,
-                    "data": spec,
-                    "n": len(found),
-                    "images": len({record["image"] for record in found}),
-                    "metrics": evaluate.summarize(found, seed),
-                    "kinds": evaluate.breakdown(found, seed),
-                }
-            )
-    flags = ["--method", *methods, "--data", *data_specs, "--name", name, "--stack", stack, "--seed", str(seed)]
+    found = _share(wanted, splits, limit, seed, stack)
+    if not process.is_main_process:
+        return None
+    flags = ["--method", *methods] if methods is not None else ["--all"]
+    flags += ["--data", *data_specs, "--name", name, "--stack", stack, "--seed", str(seed)]
     flags += ["--limit", str(limit)] if limit else []
-    made = {
+    made = _made(flags, seed) | ({"left_out": left_out} if left_out else {})
+    costs = cost.measure(wanted, data_specs[0], splits[data_specs[0]], seed, stack) if methods is None else {}
+    rows = [_row(row, spec, records, seed) for (row, spec), records in found.items()]
+    results = report.write(Path(folder) / f"{name}.json", made, rows, costs)
+    if html is not None:
+        page.write(html, results, found, splits, seed)
+    return results
+
+
+def _share(
+    wanted: Sequence[Contestant], splits: dict[str, list[EvaluationItem]], limit: int | None, seed: int, stack: str
+) -> Found:
+    """Records by names of row and split: those first that no other process is at, then, having waited, the others."""
+    found: Found = {}
+    for patience in (0, -1):
+        for row in wanted:
+            for spec, items in splits.items():
+                if (row.name, spec) not in found:
+                    try:
+                        found[row.name, spec] = records_of(row, spec, items, limit, seed, stack, patience)
+                    except Timeout:
+                        continue
+    return {(row.name, spec): found[row.name, spec] for row in wanted for spec in splits}
+
+
+def _made(flags: list[str], seed: int) -> dict[str, object]:
+    return {
         "command": shlex.join(["python", "-m", "wris_lib", "benchmark", *flags]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
         "seeds": [seed],
         "versions": versions(),
     }
-    return report.write(Path(folder) / f"{name}.json", made, rows)
+
+
+def _row(name: str, spec: str, records: list[Record], seed: int) -> dict[str, object]:
+    return {
+        "name": name,
+        "data": spec,
+        "n": len(records),
+        "images": len({record["image"] for record in records}),
+        "metrics": evaluate.summarize(records, seed),
+        "kinds": evaluate.breakdown(records, seed),
+    }
 
 
 def records(name: str, spec: str, limit: int | None = None, seed: int = 0, stack: str | None = None) -> list[Record]:
@@ -178,7 +162,8 @@ def records(name: str, spec: str, limit: int | None = None, seed: int = 0, stack
 
     Returns:
         Records as `evaluate.score` makes them, in the split's order, each also with "item" (its index in the
-        split), "image" (id), "expression" and "kind".
+        split), "image" (id), "expression", "kind", "twins" (other objects of the referent's category) and "mask" (the
+        prediction, see `coco.encode_mask`).
 
     Raises:
         WrisError: no such row, split or stack, weights or data are missing, or the cache cannot be written.
@@ -212,7 +197,13 @@ def _by_image(items: Sequence[EvaluationItem]) -> dict[Path, list[int]]:
 
 
 def records_of(
-    row: Contestant, spec: str, items: Sequence[EvaluationItem], limit: int | None, seed: int, stack: str
+    row: Contestant,
+    spec: str,
+    items: Sequence[EvaluationItem],
+    limit: int | None,
+    seed: int,
+    stack: str,
+    patience: float = -1,
 ) -> list[Record]:
     """`records` of any row, also one that is no variant of its method.
 
@@ -223,13 +214,18 @@ def records_of(
         limit: see `records`.
         seed: see `records`.
         stack: "toy" or "paper".
+        patience: seconds to wait for another process that is at the same row and split; -1: as long as it takes.
+
+    Raises:
+        WrisError: see `records`.
+        Timeout: another process is still at it.
     """
     chosen = _draw(list(_by_image(items).values()), limit, seed)
 
     path = cache_dir() / "benchmark" / f"{_slug(row.name)}-{_slug(spec)}-{_key(row, stack, items)}.jsonl"
     with readable_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # a second process waits, and then finds the work done
+    with FileLock(path.with_suffix(".lock"), timeout=patience):  # who has waited finds the work done
         found = {record["item"]: record for record in _read(path)}
         missing = [indices for indices in chosen if any(index not in found for index in indices)]
         if missing:
@@ -268,7 +264,7 @@ def _measure(predict: Predict, items: dict[int, EvaluationItem]) -> Iterator[Rec
                 " images that belong to the dataset."
             )
         about = {"item": index, "image": item.image_id, "expression": item.expression, "kind": item.kind}
-        about["twins"] = item.twins
+        about |= {"twins": item.twins, "mask": encode_mask(mask)}
         yield about | evaluate.score(mask, item.mask, item.others, response_map)
 
 
@@ -294,13 +290,11 @@ def _read(path: Path) -> list[Record]:
 def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
     """Hash of all that a record depends on."""
     package = Path(wris_lib.__file__).parent
-    code = [package / "benchmark.py", package / "evaluate.py"]
+    code = [package / "benchmark.py", package / "contestants.py", package / "evaluate.py"]
     code += [*(package / "backbones").glob("*.py"), *(package / "data").glob("*.py")]
-    parts = ("sam",)
     if row.method:
-        parts = get_method(row.method).parts
         code += Path(inspect.getfile(get_method(row.method))).parent.glob("*.py")
-    used = [part for name in parts if (part := getattr(get_stack(stack), name))]
+    used = [part for name in row.parts if (part := getattr(get_stack(stack), name))]
     images = {path: sha256(path) for path in dict.fromkeys(item.image_path for item in items)}
     samples = [
         (images[item.image_path], item.expression, item.kind, item.annotation, item.neighbours) for item in items

@@ -2,7 +2,8 @@
 
 `NAME.json` is {"made": {"command", "date", "device", "seeds", "versions"}, "rows": [...]}. A row has "name" (of the
 method), "data", "n" (expressions), "images", "metrics" (see `wris_lib.evaluate.summarize`) and "kinds" (the same by
-kind of expression). All figures are percent. A row that an earlier command made has a "made" of its own.
+kind of expression). All figures are percent. A row that an earlier command made has a "made" of its own. A comparison
+of everything also has "costs", see `wris_lib.cost.measure`, and in "made" why methods were "left_out".
 """
 
 import json
@@ -29,6 +30,8 @@ COLUMNS = (
     "part instead of whole",
     "wrong object",
 )
+COST_COLUMNS = ("Position", "Others", "ms", "MB", "trained", "supervision")
+MOST_BARS = 40  # in a picture
 # Okabe and Ito's colours, which colour-blind readers tell apart; grey for what is neither right nor interesting.
 OUTCOME_COLORS = dict(zip(OUTCOMES, ("#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#DDDDDD"), strict=True))
 
@@ -51,19 +54,28 @@ def read(path: Path) -> Results:
     return results
 
 
-def write(path: Path, made: dict[str, Any], rows: list[dict[str, Any]]) -> Results:
+def write(
+    path: Path, made: dict[str, Any], rows: list[dict[str, Any]], costs: dict[str, dict[str, Any]] | None = None
+) -> Results:
     """Put rows into a results file, in place of those with the same name and data, and redo table and picture.
+
+    Args:
+        path: of the file.
+        made: what made the rows.
+        rows: new ones.
+        costs: new ones by a row's name; earlier ones of other rows stay.
 
     Raises:
         WrisError: the file there is not a result, or the folder cannot be written.
     """
     path = Path(path)
-    merged = {}
+    merged, costs = {}, costs or {}
     if path.exists():
         before = read(path)
+        costs = before.get("costs", {}) | costs
         merged = {(row["name"], row["data"]): {"made": before["made"]} | row for row in before["rows"]}
     merged.update({(row["name"], row["data"]): row for row in rows})
-    results = {"made": made, "rows": list(merged.values())}
+    results = {"made": made, "rows": list(merged.values())} | ({"costs": costs} if costs else {})
     write_json(path, results)
     with atomic_write(path.with_suffix(".md"), "w") as file:
         file.write(table(results) + "\n")
@@ -73,12 +85,8 @@ def write(path: Path, made: dict[str, Any], rows: list[dict[str, Any]]) -> Resul
 
 
 def table(results: Results, columns: tuple[str, ...] = COLUMNS) -> str:
-    """Results as a Markdown table: percent, ± the bootstrap's standard error."""
-    lines = [["method", "data", "n", *columns]]
-    for row in results["rows"]:
-        figures = [row["metrics"].get(column) for column in columns]
-        cells = [f"{figure['mean']:.1f} ± {figure['std']:.1f}" if figure else "–" for figure in figures]
-        lines.append([row["name"], row["data"], str(row["n"]), *cells])
+    """Results as a Markdown table: percent, ± the bootstrap's standard error; costs where they were measured."""
+    lines = cells(results, columns=columns)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     # Names to the left, figures to the right.
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -92,9 +100,46 @@ def table(results: Results, columns: tuple[str, ...] = COLUMNS) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def cells(results: Results, data: str | None = None, columns: tuple[str, ...] = COLUMNS) -> list[list[str]]:
+    """A table as text, its head first: name, data, n, percent with standard error, and costs where there are any.
+
+    Of costs, "Position" and "Others" are mIoU by kind of expression, "ms" is the median an expression, "MB" the peak of
+    memory, "trained" counts parameters.
+
+    Args:
+        results: as `read` has them.
+        data: only this split, without a column for it.
+        columns: metrics to show.
+    """
+    costs = results.get("costs", {})
+    lines = [["method", "data", "n", *columns, *(COST_COLUMNS if costs else ())]]
+    for row in results["rows"]:
+        figures = [row["metrics"].get(column) for column in columns]
+        if costs:
+            kinds = [row["kinds"].get(kind, {"metrics": {}}) for kind in COST_COLUMNS[:2]]
+            figures += [kind["metrics"].get("mIoU") for kind in kinds]
+        shown = [f"{figure['mean']:.1f} ± {figure['std']:.1f}" if figure else "–" for figure in figures]
+        lines.append([row["name"], row["data"], str(row["n"]), *shown])
+        if costs:
+            lines[-1] += _cost_cells(costs.get(row["name"]))
+    return lines if data is None else [[line[0], *line[2:]] for line in lines if line[1] in ("data", data)]
+
+
+def _cost_cells(cost: dict[str, Any] | None) -> list[str]:
+    if cost is None:
+        return ["–"] * 4
+    figures = [f"{cost['milliseconds']:.0f}", f"{cost['megabytes']:.0f}", f"{cost['parameters']:,}"]
+    return [*figures, cost["supervision"]]
+
+
 def picture(results: Results) -> Figure:
-    """mIoU with its 95 % interval, and beside it what became of the expressions; one bar a row."""
+    """mIoU with its 95 % interval, and beside it what became of the expressions; one bar a row.
+
+    Where that would be more than `MOST_BARS`, only the first row's split is shown.
+    """
     rows = results["rows"]
+    if len(rows) > MOST_BARS:
+        rows = [row for row in rows if row["data"] == rows[0]["data"]]
     figure = Figure(figsize=(9, 1.3 + 0.3 * len(rows)), layout="constrained")
     scores, shares = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
     places = range(len(rows))

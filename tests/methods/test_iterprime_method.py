@@ -409,7 +409,8 @@ def test_loading_hands_every_option_on(asked, matcher):
 def test_variants_are_options_of_load(asked):
     built = {name: IterPrime.load("toy", **options) for name, options in IterPrime.variants.items()}
     rows = {name: (each.aggregation, each.settings.passes) for name, each in built.items()}
-    assert rows == {"": ("pwem", 3), "gvlp": ("gvlp", 0), "once": ("pwem", 0)}
+    others = {how: (how, 0) for how in ("mean", "gvlp", "local", "global")}
+    assert rows == {"": ("pwem", 3), "once": ("pwem", 0)} | others
     assert set(IterPrime.parts) == {"itm", "sam", "parser"}
 
 

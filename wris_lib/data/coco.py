@@ -96,6 +96,12 @@ def decode_mask(segmentation: list[Any] | Entry, height: int, width: int) -> Boo
         raise WrisError(f"a mask cannot be drawn: {error}; download its dataset again.") from error
 
 
+def encode_mask(mask: Bool[np.ndarray, "H W"]) -> Entry:
+    """A mask as COCO's compressed run-length encoding {"size": [H, W], "counts": "..."}, ready for JSON."""
+    runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": runs["counts"].decode("ascii")}
+
+
 def wrong_keys(entry: Any, types: dict[str, type]) -> list[str]:
     """The keys that an entry of a downloaded file lacks, or whose values have another type."""
     if not isinstance(entry, dict):

@@ -21,15 +21,32 @@ from wris_lib.backbones.checkpoints import get_stack
 from wris_lib.data.images import check_expression, load_image
 from wris_lib.errors import WrisError
 
-# Name -> where the class is. It is imported when it is asked for, since the models behind it take seconds.
+
+@dataclass(frozen=True)
+class Listed:
+    """A line of `METHODS`.
+
+    Attributes:
+        place: "module:class"; it is imported when it is asked for, since the models behind it take seconds.
+        supervision: what it was told about the task. What CLIP, SAM, ALBEF and the language models were trained on
+            is not counted, since every method takes them as they are.
+        learned: the attribute that holds the module trained for the task; None: nothing was.
+    """
+
+    place: str
+    supervision: str = "none"
+    learned: str | None = None
+
+
+PAIRS = "pairs of image and expression"
 METHODS = {
-    "clip_sam": "wris_lib.methods.clip_sam:ClipSam",
-    "ppt": "wris_lib.methods.ppt:Ppt",
-    "tris": "wris_lib.methods.pcnet:Tris",
-    "pcnet": "wris_lib.methods.pcnet:PcNet",
-    "iterprime": "wris_lib.methods.iterprime:IterPrime",
-    "gl_clip": "wris_lib.methods.clip_proposals:GlClip",
-    "sam_clip": "wris_lib.methods.clip_proposals:SamClip",
+    "clip_sam": Listed("wris_lib.methods.clip_sam:ClipSam"),
+    "ppt": Listed("wris_lib.methods.ppt:Ppt", f"{PAIRS}, and class names of object-centric images", "generator"),
+    "tris": Listed("wris_lib.methods.pcnet:Tris", PAIRS, "crm"),
+    "pcnet": Listed("wris_lib.methods.pcnet:PcNet", PAIRS, "crm"),
+    "iterprime": Listed("wris_lib.methods.iterprime:IterPrime"),
+    "gl_clip": Listed("wris_lib.methods.clip_proposals:GlClip"),
+    "sam_clip": Listed("wris_lib.methods.clip_proposals:SamClip"),
 }
 
 
@@ -106,7 +123,7 @@ def get_method(name: str) -> type[Method]:
     """
     if name not in METHODS:
         raise WrisError(f"there is no method {name!r}; choose one of: {', '.join(METHODS)}.")
-    return resolve_name(METHODS[name])
+    return resolve_name(METHODS[name].place)
 
 
 @lru_cache(maxsize=2)  # a notebook that segments in every cell loads the models once

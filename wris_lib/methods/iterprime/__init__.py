@@ -24,7 +24,7 @@ from wris_lib.backbones.sam import load_sam
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import peak
 from wris_lib.methods import Method, Prediction, Stage
-from wris_lib.methods.iterprime.gradcam import aggregate, check_aggregation
+from wris_lib.methods.iterprime.gradcam import AGGREGATIONS, aggregate, check_aggregation
 from wris_lib.methods.iterprime.igrs import PAPER, Refined, Refinement, refine
 from wris_lib.methods.iterprime.selection import choose, upsample
 from wris_lib.methods.iterprime.words import PREFIX, find_pieces
@@ -51,8 +51,8 @@ class IterPrime(Method):
 
     variants: ClassVar[dict[str, dict[str, Hashable]]] = {
         "": {},
-        "gvlp": {"aggregation": "gvlp", "passes": 0},
         "once": {"passes": 0},
+        **{how: {"aggregation": how, "passes": 0} for how in AGGREGATIONS if how != "pwem"},
     }
     parts: ClassVar[tuple[str, ...]] = ("itm", "sam", "parser")
 
