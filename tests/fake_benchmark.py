@@ -95,8 +95,9 @@ def install(split: Path, patch) -> None:
     methods._load.cache_clear()
 
 
-def run_slowly(split: str, folder: str) -> None:
-    """The benchmark of one more process, slow enough to be killed."""
+def run_slowly(split: str, folder: str, pause: str) -> int:
+    """The benchmark of one more process, slow enough to be killed or helped; how often this one has predicted."""
     install(Path(split), lambda module, name, value, raising=True: setattr(module, name, value))
-    Fake.pause = 0.5
-    benchmark.run(["fake"], ["fake:val"], "out", folder=Path(folder))
+    Fake.pause = float(pause)
+    benchmark.run(["fake"], ["fake:val", "fake:testA"], "out", folder=Path(folder))
+    return Fake.calls

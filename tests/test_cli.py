@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from wris_lib.__main__ import main
+from wris_lib.benchmark import LIMIT, TOY_SPLITS
 from wris_lib.errors import WrisError
 from wris_lib.methods import Prediction
 
@@ -133,6 +134,29 @@ def test_benchmark(flags: list[str], expected: tuple, monkeypatch: pytest.Monkey
     assert main(["benchmark", *arguments, *flags]) == 0
     assert measured.positional == (["clip_sam plain", "sam box"], ["toyref:val", "toyref+:val"], *expected)
     assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], (TOY_SPLITS, "benchmark", LIMIT, 0, None)),
+        (["--limit", "20", "--data", "toyref:val"], (["toyref:val"], "benchmark_limit20", 20, 0, None)),
+        (["--name", "mine"], (TOY_SPLITS, "mine", LIMIT, 0, None)),
+    ],
+)
+def test_benchmark_of_all(flags: list[str], expected: tuple, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("wris_lib.benchmark.run", measured := Recorder(None))  # as in a process that only helps
+    assert main(["benchmark", "--all", "--html", "page.html", *flags]) == 0
+    assert measured.positional == (None, *expected) and measured.named == {"html": Path("page.html")}
+    assert capsys.readouterr().out == ""
+
+
+def test_benchmark_needs_something_to_measure_and_to_measure_on(capsys):
+    for flags in ([], ["--all", "--method", "ppt"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["benchmark", "--data", "toyref:val", *flags])
+    assert main(["benchmark", "--method", "ppt"]) == 2
+    assert "add --data and a split, such as toyref:val" in capsys.readouterr().err
 
 
 STUDIES = ("ablation", "study", "pseudo_labels", "cache_speed")

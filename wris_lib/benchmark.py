@@ -118,7 +118,7 @@ def _share(
 ) -> Found:
     """Records by names of row and split: those first that no other process is at, then, having waited, the others."""
     found: Found = {}
-    for patience in (0, -1):
+    for patience in (0.0, -1.0):
         for row in wanted:
             for spec, items in splits.items():
                 if (row.name, spec) not in found:
@@ -203,7 +203,7 @@ def records_of(
     limit: int | None,
     seed: int,
     stack: str,
-    patience: float = -1,
+    patience: float = -1.0,
 ) -> list[Record]:
     """`records` of any row, also one that is no variant of its method.
 

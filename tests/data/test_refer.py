@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from wris_lib.data.coco import decode_mask, read_instances
+from wris_lib.data.coco import decode_mask, encode_mask, read_instances
 from wris_lib.data.refer import EvaluationItem, Expression, ReferEvaluation, ReferExpressions
 from wris_lib.errors import WrisError
 
@@ -262,6 +262,12 @@ def test_twins_are_the_others_of_the_referent_s_category(root):
 @pytest.mark.parametrize("mask", [filled(3, 4, 5), filled(0, 0, 20), filled(0, 0, 0)])
 def test_run_lengths(encode, mask):
     assert np.array_equal(decode_mask(encode(mask), HEIGHT, WIDTH), mask)
+
+
+def test_a_mask_survives_json():
+    mask = np.random.default_rng(0).random((HEIGHT, WIDTH)) > 0.5
+    for kept in (mask, ~mask & mask, mask | ~mask):
+        assert np.array_equal(decode_mask(json.loads(json.dumps(encode_mask(kept))), HEIGHT, WIDTH), kept)
 
 
 def test_polygons_that_enclose_nothing():

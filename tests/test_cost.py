@@ -1,0 +1,104 @@
+"""What an answer costs, asked of a method whose cost is known."""
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+from torch import nn
+
+from tests import fake_benchmark
+from tests.fake_benchmark import Fake
+from wris_lib import contestants, cost, methods
+from wris_lib.contestants import Contestant
+from wris_lib.methods import Listed
+
+BRIGHT = Contestant("fake bright", "fake")
+
+
+@pytest.fixture
+def items(tmp_path, monkeypatch):
+    """Of a fake split, one for each of eight images."""
+    fake_benchmark.make_split(tmp_path / "fake_val")
+    fake_benchmark.install(tmp_path, monkeypatch.setattr)
+    monkeypatch.setattr(Fake, "pause", 0.02)
+    monkeypatch.setattr(Fake, "calls", 0)
+    monkeypatch.setenv("WRIS_CACHE", str(tmp_path / "cache"))
+    return fake_benchmark.read_split(tmp_path / "fake_val").items[::3]
+
+
+def test_warm_milliseconds_an_expression(items):
+    found = cost.ask(BRIGHT, items, "toy")
+    assert Fake.calls == 8 and found["images"] == 5
+    low, high = found["quartiles"]
+    assert 20 <= low <= found["milliseconds"] <= high
+    assert found["parameters"] == 0 and found["supervision"] == "none" and found["threads"] >= 1
+
+
+def test_the_first_images_only_warm_up(items, monkeypatch):
+    predict = Fake.predict
+
+    def slow_at_first(self, image, expressions):
+        monkeypatch.setattr(Fake, "pause", 0.5 if Fake.calls < cost.WARM_UP else 0.0)
+        return predict(self, image, expressions)
+
+    monkeypatch.setattr(Fake, "predict", slow_at_first)
+    assert cost.ask(BRIGHT, items, "toy")["milliseconds"] < 500
+
+
+def test_nothing_comes_from_the_cache(items, monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(Fake, "predict", lambda self, *_: kept.append(os.listdir(os.environ["WRIS_CACHE"])) or [])
+    (tmp_path / "cache" / "proposals").mkdir(parents=True)
+    cost.ask(BRIGHT, items, "toy")
+    assert kept == [[]] * 8
+    assert (tmp_path / "cache" / "proposals").exists() and not Path(os.environ["WRIS_CACHE"]).exists()
+
+
+def test_trained_parameters_by_hand(items, monkeypatch):
+    monkeypatch.setattr(Fake, "head", nn.Linear(3, 2), raising=False)
+    listed = {"fake": Listed("tests.fake_benchmark:Fake", "pairs", "head")}
+    for module in (methods, cost, contestants):
+        monkeypatch.setattr(module, "METHODS", listed)
+    found = cost.ask(BRIGHT, items, "toy")
+    assert (found["parameters"], found["supervision"]) == (8, "pairs")
+
+
+def test_peak_memory_is_at_least_what_is_used():
+    held = bytearray(50_000_000)
+    used = psutil.Process().memory_info().rss
+    assert len(held) < used <= cost.peak_memory() < 100 * used
+
+
+def test_each_row_in_a_process_of_its_own(items, monkeypatch):
+    monkeypatch.setattr(cost, "IMAGES", 2)
+    found = cost.measure([Contestant("sam box")], "fake:val", items * 2, 0, "toy")
+    assert list(found) == ["sam box"]
+    about = found["sam box"]
+    assert about["data"] == "fake:val" and about["images"] == 2 and about["milliseconds"] > 0
+    assert about["supervision"] == "the referent's true box" and about["megabytes"] > 100
+
+
+def test_every_row_is_asked_the_same(items, monkeypatch):
+    asked = []
+
+    class Here:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def submit(self, ask, row, chosen, stack):
+            asked.append((row.name, [item.image_path.name for item in chosen]))
+            return type("Done", (), {"result": lambda _: {}})()
+
+    monkeypatch.setattr(cost, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(cost, "IMAGES", 2)
+    cost.measure([BRIGHT, Contestant("sam box")], "fake:val", items, 0, "toy")
+    (first, images), (second, same) = asked
+    assert (first, second) == ("fake bright", "sam box") and images == same
+    assert len(set(images)) == 5
