@@ -5,12 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from wris_lib import benchmark, contestants, data, methods
+from wris_lib.backbones.checkpoints import get_stack
 from wris_lib.data.refer import EvaluationItem
 from wris_lib.methods import Listed, Method, Prediction
 
+IMAGES = 8  # of fake:val
 KINDS = ("noun", "attribute", "position")
 
 
@@ -83,6 +86,20 @@ def read_split(folder: Path) -> SimpleNamespace:
             sent_id = 3 * index + number
             items.append(EvaluationItem(ref_id=index, expression=text, sent_id=sent_id, kind=KINDS[number], **about))
     return SimpleNamespace(items=items)
+
+
+def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two fake splits and files for weights, which the benchmark finds; the cache is a fresh one."""
+    folder = tmp_path / "split"
+    make_split(folder / "fake_val", IMAGES)
+    make_split(folder / "fake_testA", 2)
+    for checkpoint in get_stack("toy").checkpoints:
+        (folder / checkpoint.file).write_bytes(b"one")
+    monkeypatch.setenv("WRIS_CACHE", str(tmp_path / "cache"))
+    install(folder, monkeypatch.setattr)
+    for name, value in (("calls", 0), ("pause", 0.0), ("fail_at", None)):
+        monkeypatch.setattr(Fake, name, value)
+    return folder
 
 
 def install(split: Path, patch) -> None:

@@ -19,12 +19,9 @@ BRIGHT = Contestant("fake bright", "fake")
 @pytest.fixture
 def items(tmp_path, monkeypatch):
     """Of a fake split, one for each of eight images."""
-    fake_benchmark.make_split(tmp_path / "fake_val")
-    fake_benchmark.install(tmp_path, monkeypatch.setattr)
+    folder = fake_benchmark.prepare(tmp_path, monkeypatch)
     monkeypatch.setattr(Fake, "pause", 0.02)
-    monkeypatch.setattr(Fake, "calls", 0)
-    monkeypatch.setenv("WRIS_CACHE", str(tmp_path / "cache"))
-    return fake_benchmark.read_split(tmp_path / "fake_val").items[::3]
+    return fake_benchmark.read_split(folder / "fake_val").items[::3]
 
 
 def test_warm_milliseconds_an_expression(items):

@@ -45,11 +45,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """Results, records and items of two variants on two fake splits."""
-    for name, images in (("fake_val", 8), ("fake_testA", 2)):
-        fake_benchmark.make_split(tmp_path / name, images)
-    (tmp_path / "clip.safetensors").touch(), (tmp_path / "parser.msgpack").touch()
-    fake_benchmark.install(tmp_path, monkeypatch.setattr)
-    monkeypatch.setenv("WRIS_CACHE", str(tmp_path / "cache"))
+    fake_benchmark.prepare(tmp_path, monkeypatch)
     specs, rows = ["fake:val", "fake:testA"], ["fake bright", "fake wide"]
     results = benchmark.run(rows, specs, "out", folder=tmp_path)
     found = {(row, spec): benchmark.records(row, spec) for row in rows for spec in specs}
@@ -85,7 +81,6 @@ def test_nothing_comes_from_elsewhere(measured, tmp_path):
 
 def test_tables_hold_every_row(measured, tmp_path):
     made = written(tmp_path / "page.html", *measured)
-    assert re.sub(r"\s+", " ", made.text).count("fake bright 24 73.6 ± 0.0") == 0  # cells are cells
     headings = [attributes for attributes in made.all("th") if attributes.get("scope") == "row"]
     assert len(headings) == 2 * 2 + 2 + 2  # figures of two splits, outcomes, agreement
     assert made.text.count("73.6 ± 0.0") == 2
