@@ -55,7 +55,7 @@ def test_nothing_comes_from_the_cache(items, monkeypatch, tmp_path):
 def test_trained_parameters_by_hand(items, monkeypatch):
     monkeypatch.setattr(Fake, "head", nn.Linear(3, 2), raising=False)
     listed = {"fake": Listed("tests.fake_benchmark:Fake", "pairs", "head")}
-    for module in (methods, cost, contestants):
+    for module in (methods, contestants):
         monkeypatch.setattr(module, "METHODS", listed)
     found = cost.ask(BRIGHT, items, "toy")
     assert (found["parameters"], found["supervision"]) == (8, "pairs")

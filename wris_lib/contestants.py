@@ -41,6 +41,11 @@ class Contestant:
         """What it was told about the task."""
         return METHODS[self.method].supervision if self.method else "the referent's true box"
 
+    @property
+    def learned(self) -> str | None:
+        """The method's attribute that holds the module trained for the task; None: nothing was."""
+        return METHODS[self.method].learned if self.method else None
+
     def load(self, stack: str) -> Predict:
         """Build it from a stack's models."""
         if self.method is None:

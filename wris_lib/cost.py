@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from wris_lib.contestants import Contestant
 from wris_lib.data.images import load_image
 from wris_lib.data.refer import EvaluationItem
-from wris_lib.methods import METHODS, load_method
+from wris_lib.methods import load_method
 
 Cost = dict[str, Any]
 
@@ -109,8 +109,7 @@ def _seconds(predict: Any, item: EvaluationItem) -> float:
 
 
 def _parameters(row: Contestant, stack: str) -> int:
-    learned = METHODS[row.method].learned if row.method else None
-    if learned is None:
+    if row.learned is None:
         return 0
-    module = getattr(load_method(row.method, stack, **row.options), learned)  # which is in memory already
+    module = getattr(load_method(row.method, stack, **row.options), row.learned)  # which is in memory already
     return sum(parameter.numel() for parameter in module.parameters())
