@@ -491,7 +491,8 @@ def test_what_has_not_been_fetched_is_said_so(tmp_path: Path, monkeypatch) -> No
 
 def test_files_of_a_stack_are_all_its_parts_but_packages() -> None:
     toy, paper = STACKS["toy"], STACKS["paper"]
-    assert toy.checkpoints == (toy.clip, toy.sam, toy.parser, toy.llm, toy.ppt, toy.tris, toy.pcnet)
+    learnt_here = (toy.ppt, toy.tris, toy.pcnet)
+    assert toy.checkpoints == (toy.clip, toy.sam, toy.parser, toy.llm, toy.itm, *learnt_here, toy.itm.vocabulary)
     assert paper.checkpoints == (paper.clip, paper.sam, paper.itm, paper.itm.vocabulary)
     assert paper.parser == "en_core_web_sm"
 

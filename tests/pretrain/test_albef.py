@@ -9,17 +9,16 @@ import torch.nn.functional as F
 from transformers import BertTokenizerFast
 
 from wris_lib.backbones import checkpoints
-from wris_lib.backbones.checkpoints import STACKS, TOY_ITM
-from wris_lib.backbones.clip import load_clip, normalise
+from wris_lib.backbones.clip import load_clip
 from wris_lib.backbones.itm import SIZES, Albef, load_matcher
 from wris_lib.data.toyworld import grammar, pretraining, wording
 from wris_lib.data.toyworld.pretraining import Pool, deny, statements
 from wris_lib.data.toyworld.scenes import sample_scene
 from wris_lib.pretrain import albef
-from wris_lib.pretrain.albef import Batches, Round, contrastive, write_vocabulary
+from wris_lib.pretrain.albef import Batches, contrastive, difficulty, write_vocabulary
 
 SPELT = "zebra"
-ROUND = Round(100, 1e-3, frozen=False, shown=0.5, foreign=(1.0, 0.2))
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +53,6 @@ def tokenizer(vocabulary):
 @pytest.fixture(scope="module")
 def model():
     return Albef(SIZES["toy"])
-
-
-@pytest.fixture(scope="module")
-def patches(model, data):
-    return albef.encode(model, data)
 
 
 @pytest.fixture
@@ -109,15 +103,15 @@ def test_every_word_of_the_toy_world_is_one_token(vocabulary, tokenizer):
 
 
 def test_a_batch_is_a_function_of_its_step(data, tokenizer, few):
-    first, second = Batches(data, tokenizer, ROUND, 2), Batches(data, tokenizer, ROUND, 2)
+    first, second = Batches(data, tokenizer, STEPS, 2), Batches(data, tokenizer, STEPS, 2)
     for name, value in first(5).items():
         assert torch.equal(value, second(5)[name])
-    assert not torch.equal(first(5)["images"], first(6)["images"])
+    assert not torch.equal(first(5)["ids"], first(6)["ids"])
     assert first.trained.tolist() == [0, 1, 3, 4, 5] and first.tested.tolist() == [6, 7]
 
 
 def test_first_come_the_true_sentences_of_an_image_then_the_others(data, tokenizer):
-    batches = Batches(data, tokenizer, ROUND, 2)
+    batches = Batches(data, tokenizer, STEPS, 2)
     chosen = np.array([1, 4])
 
     def read(foreign):
@@ -134,23 +128,82 @@ def test_first_come_the_true_sentences_of_an_image_then_the_others(data, tokeniz
 
 
 def test_half_of_the_sentences_come_after_the_prefix(data, tokenizer):
-    ids = Batches(data, tokenizer, ROUND, 0).take(np.repeat([1], 200), np.random.default_rng(0))["ids"]
+    ids = Batches(data, tokenizer, STEPS, 0).take(np.repeat([1], 200), np.random.default_rng(0))["ids"]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert 0.4 < np.mean([text.startswith("there is a ") for text in texts]) < 0.6
 
 
 def test_words_are_hidden_in_all_sentences_and_guessed_in_true_ones(data, tokenizer, few, monkeypatch):
     monkeypatch.setattr(albef, "GUESSED", 1.0)
-    batch = Batches(data, tokenizer, ROUND, 2)(0)
+    batch = Batches(data, tokenizer, STEPS, 2)(50)
     hidden, guessed = batch["ids"] == tokenizer.mask_token_id, batch["guess"] != albef.IGNORED
     true = albef.true_ones(18, 3, torch.device("cpu"))
     assert hidden.any(dim=1).all() and not (hidden & ~batch["mask"]).any()
     assert torch.equal(guessed, hidden & true[:, None]) and (batch["guess"][guessed] >= len(albef.SPECIAL)).all()
     assert (batch["ids"][:, 0] == tokenizer.cls_token_id).all()  # nothing special is hidden
     monkeypatch.setattr(albef, "GUESSED", 0.25)
-    some = Batches(data, tokenizer, ROUND, 2)
+    some = Batches(data, tokenizer, STEPS, 2)
     shares = [(some(step)["ids"] == tokenizer.mask_token_id).sum() / some(step)["mask"].sum() for step in range(20)]
     assert 0.15 < np.mean(shares) < 0.25  # [CLS] and [SEP] count among the tokens
+
+
+def test_words_of_true_sentences_are_right_and_the_exchanged_one_is_wrong(data, tokenizer, few, monkeypatch):
+    true = ["the red dog", "car left of the bus", "blue cat"]
+    pool = replace(data, captions=[true] * 8, untrue=[["the red cup", "car right of the bus", "blue cow"]] * 8)
+
+    def judged(guessed, foreign):
+        monkeypatch.setattr(albef, "GUESSED", guessed)
+        monkeypatch.setattr(albef, "difficulty", lambda progress: (0, 1, foreign))
+        batch = Batches(pool, tokenizer, STEPS, 2)(0)
+        found = {}
+        for row, (ids, right) in enumerate(zip(batch["ids"], batch["right"], strict=True)):
+            for verdict in (0, 1):
+                words = tokenizer.convert_ids_to_tokens(ids[right == verdict])
+                found.setdefault((row % 6 < 3, verdict), set()).add(" ".join(words))
+        return found
+
+    assert judged(0.0, 0.0) == {
+        (True, 1): {"red dog", "car left bus", "blue cat"},
+        (True, 0): {""},
+        (False, 1): {""},
+        (False, 0): {"cup", "right", "cow"},
+    }
+    assert judged(0.0, 1.0)[False, 0] == {""}  # another image's sentence: which of its words are wrong, nobody knows
+    assert set().union(*judged(1.0, 0.0).values()) == {""}  # and nobody judges what is hidden
+
+
+def test_a_verdict_by_hand():
+    judgements = torch.tensor([[0.0, 0.0], [np.log(3.0), 0.0]])
+    assert albef.verdict(judgements, 1).item() == pytest.approx((np.log(2) + np.log(4)) / 2)
+    assert albef.verdict(judgements, 0).item() == pytest.approx((np.log(2) + np.log(4 / 3)) / 2)
+    assert albef.verdict(judgements[:0], 0).item() == 0
+
+
+def test_in_most_sentences_only_words_with_a_meaning_look(data, tokenizer, few, monkeypatch):
+    batch = Batches(data, tokenizer, STEPS, 2)(0)
+    looks = batch["looks"]
+    words = [tokenizer.convert_ids_to_tokens(row) for row in batch["ids"]]
+    function = torch.tensor([[word in albef.FUNCTION_WORDS for word in row] for row in words])
+    special = torch.tensor([[word in ("[CLS]", "[SEP]", "[PAD]") for word in row] for row in words])
+    alone = ~looks.all(dim=1)
+    assert torch.equal(looks[alone], ~(function | special)[alone])  # a hidden word looks: it is to be guessed
+    shares = []
+    for step in range(40):
+        shares.append((~Batches(data, tokenizer, STEPS, 2)(step)["looks"].all(dim=1)).float().mean())
+    assert 0.65 < np.mean(shares) < 0.85
+
+
+def test_what_does_not_look_sees_nothing(data, model, tokenizer, few):
+    """Without looking at all, it does not matter what the image is."""
+    batch = Batches(data, tokenizer, STEPS, 2)(0)
+    batch["looks"] = torch.zeros_like(batch["looks"])
+    other = batch | {"images": batch["images"].flip(0)}
+    with torch.no_grad():
+        terms = [albef.loss(model, each, 0) for each in (batch, other)]
+    assert terms[0]["itm"] == terms[1]["itm"] and terms[0]["mlm"] == terms[1]["mlm"]
+    batch["looks"] = torch.ones_like(batch["looks"])
+    with torch.no_grad():
+        assert albef.loss(model, batch, 0)["itm"] != terms[0]["itm"]
 
 
 def test_the_contrastive_loss_by_hand():
@@ -171,22 +224,24 @@ def test_the_contrastive_loss_by_hand():
     assert found.item() == pytest.approx((by_image + by_text) / 2, rel=1e-5)
 
 
-def test_false_sentences_get_harder(data, tokenizer, few, monkeypatch):
-    shares = []
+def test_batches_get_harder(data, tokenizer, few, monkeypatch):
+    """By hand: over the first third of the steps more and more of the pool, then less and less of its beginning."""
+    cases = {0.0: (0, 1 / 3, 0.5), 1 / 6: (0, 2 / 3, 0.35), 2 / 3: (1 / 6, 1, 0.2), 1.0: (1 / 3, 1, 0.2)}
+    for progress, wanted in cases.items():
+        assert difficulty(progress) == pytest.approx(wanted)
+    seen = []
     take = Batches.take
     monkeypatch.setattr(
-        Batches, "take", lambda self, chosen, rng, share=0.0: shares.append(share) or take(self, chosen, rng)
+        Batches, "take", lambda self, chosen, *rest: seen.append((set(chosen), rest[1])) or take(self, chosen, *rest)
     )
-    batches = Batches(data, tokenizer, ROUND, 2)
-    for step in (0, 25, 50, 100):
-        batches(step)
-    assert shares == pytest.approx([1, 0.8, 0.6, 0.2])
-
-
-def test_patches_are_what_the_image_encoder_sees(data, model, patches):
-    with torch.no_grad():
-        seen = model.embed_images(normalise(torch.from_numpy(data.images[[6, 1]]).permute(0, 3, 1, 2).float() / 255))
-    torch.testing.assert_close(patches[[6, 1]]["patches"].float(), seen, atol=2e-3, rtol=2e-3)  # kept in half precision
+    batches = Batches(data, tokenizer, STEPS, 2)
+    for step in (0, 50, 99):
+        for seed in range(20):
+            batches.seed = seed
+            batches(step)
+    drawn = [set.union(*(chosen for chosen, _ in seen[start : start + 20])) for start in (0, 20, 40)]
+    assert drawn == [{0, 1}, {0, 1, 3, 4, 5}, {3, 4, 5}]
+    assert [foreign for _, foreign in seen[::20]] == [0.5, 0.2, 0.2]
 
 
 def test_the_image_encoder_starts_where_clip_is(data):
@@ -222,17 +277,13 @@ def test_the_image_encoder_may_see_some_patches_only(data, model):
     torch.testing.assert_close(everything.sum(dim=1), seen.sum(dim=1), atol=1e-2, rtol=1e-4)  # in another order
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_what_learns_in_a_round(frozen, data, patches, tokenizer, few):
+def test_everything_learns_from_all_losses(data, model, tokenizer, few):
     torch.manual_seed(0)
-    model = Albef(SIZES["toy"])
-    batch = Batches(data, tokenizer, ROUND, 2, patches if frozen else None)(0)
-    assert ("patches" in batch) == frozen != ("images" in batch)
-    terms = albef.loss(model, batch, 0, shown=0.5)
-    assert terms["loss"].item() == pytest.approx(sum(terms[name].item() for name in ("itc", "itm", "mlm")), rel=1e-5)
+    terms = albef.loss(model, Batches(data, tokenizer, STEPS, 2)(0), 0)
+    assert terms["loss"].item() == pytest.approx(sum(terms[name].item() for name in ("itc", "itm", "words", "mlm")))
     terms["loss"].backward()
-    still = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert still == ({"visual_encoder"} if frozen else set())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.zero_grad()
 
 
 def test_accuracy_is_that_of_true_against_untrue(data, tokenizer, few):
@@ -240,25 +291,24 @@ def test_accuracy_is_that_of_true_against_untrue(data, tokenizer, few):
     with torch.no_grad():
         model.itm_head.weight.zero_()
         model.itm_head.bias.copy_(torch.tensor([0.0, 1.0]))  # everything is true
-    assert albef.matching_accuracy(model, Batches(data, tokenizer, ROUND, 2)) == 50
+    assert albef.matching_accuracy(model, Batches(data, tokenizer, STEPS, 2)) == 50
 
 
 def test_training_in_miniature_stops_resumes_and_leaves_a_usable_model(data, few, tmp_path, monkeypatch):
     monkeypatch.setattr(albef, "pool", lambda name: data)
-    albef.main(steps=1, folder=tmp_path / "trial")
-    written = {path.name for path in (tmp_path / "trial").iterdir()}
-    assert written >= {"albef.safetensors", "albef.md", "albef_vocab.txt", "SHA256SUMS", "round 1", "round 2"}
-    card = (tmp_path / "trial" / "albef.md").read_text()
-    assert "4.6 million parameters" in card and "| 2 | 1 | 0.0003 | trained | 50 % | 50 to 30 % |" in card
-    assert (tmp_path / "trial" / "albef.safetensors").stat().st_size < 12e6
+    albef.main(steps=1, folder=tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"albef.safetensors", "albef.md", "albef_vocab.txt", "SHA256SUMS", "checkpoint.pt"}
+    card = (tmp_path / "albef.md").read_text()
+    assert "4.1 million parameters" in card and "1 steps of 3 images" in card and "50 % of the patches" in card
+    assert (tmp_path / "albef.safetensors").stat().st_size < 12e6
 
-    weights = (tmp_path / "trial" / "albef.safetensors").read_bytes()
-    (tmp_path / "trial" / "round 2" / "checkpoint.pt").unlink()
-    albef.main(steps=1, folder=tmp_path / "trial")  # goes on behind the first round
-    assert (tmp_path / "trial" / "albef.safetensors").read_bytes() == weights
+    weights = (tmp_path / "albef.safetensors").read_bytes()
+    (tmp_path / "albef.safetensors").unlink()
+    albef.main(steps=1, folder=tmp_path)  # from the checkpoint
+    assert (tmp_path / "albef.safetensors").read_bytes() == weights
 
-    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "trial")
-    monkeypatch.setitem(STACKS, "toy", replace(STACKS["toy"], itm=TOY_ITM))
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
     matcher = load_matcher("toy", "cpu")
     match = matcher.match(matcher.encode_images(torch.zeros(1, 3, 256, 256)), matcher.encode_texts(["the red dog"]))
-    assert matcher.layer == TOY_ITM.layer and match.attention.shape == (1, 3, 5, 256)
+    assert matcher.layer == albef.CHECKPOINT.layer and match.attention.shape == (1, 3, 5, 256)

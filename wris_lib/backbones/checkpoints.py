@@ -65,7 +65,7 @@ class Stack:
     sam: SamCheckpoint
     parser: Checkpoint | str  # a str names a spaCy pipeline, which comes as a package: see `spacy_download`
     llm: Checkpoint | str  # a str names a model on the Hugging Face hub: see `llm.local_llm`
-    itm: ItmCheckpoint | None = None
+    itm: ItmCheckpoint
     # Trained by this library; nobody has published any for the papers' models.
     ppt: Checkpoint | None = None  # PPT's point generator
     tris: Checkpoint | None = None  # what L_cls alone learns
@@ -75,12 +75,9 @@ class Stack:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The stack's files: weights, and the vocabulary of one of them."""
         parts = (self.clip, self.sam, self.parser, self.llm, self.itm, self.ppt, self.tris, self.pcnet)
-        vocabulary = (self.itm.vocabulary,) if self.itm else ()
-        return tuple(part for part in parts + vocabulary if isinstance(part, Checkpoint))
+        return tuple(part for part in (*parts, self.itm.vocabulary) if isinstance(part, Checkpoint))
 
 
-# What `pretrain albef` makes. It becomes a part of the toy stack when it points at what it is asked for.
-TOY_ITM = ItmCheckpoint(size="toy", file="albef.safetensors", layer=2, vocabulary=Checkpoint(file="albef_vocab.txt"))
 STACKS = {
     stack.name: stack
     for stack in (
@@ -91,6 +88,12 @@ STACKS = {
             sam=SamCheckpoint(model_type="wris_toy", file="sam.safetensors"),
             parser=Checkpoint(file="parser.msgpack"),
             llm=Checkpoint(file="t5.safetensors"),
+            itm=ItmCheckpoint(
+                size="toy",
+                file="albef.safetensors",
+                layer=2,
+                vocabulary=Checkpoint(file="albef_vocab.txt"),
+            ),
             ppt=Checkpoint(file="ppt.safetensors"),
             tris=Checkpoint(file="tris.safetensors"),
             pcnet=Checkpoint(file="pcnet.safetensors"),

@@ -70,7 +70,7 @@ SIZES = {
         width=192,
         heads=3,
         image_layers=4,
-        text_layers=6,
+        text_layers=5,
         fusion_layer=2,
         mlp_ratio=3,
         vocabulary=256,
@@ -454,14 +454,10 @@ def load_matcher(stack: str | None = None, device: str | torch.device | None = N
         device: None: CUDA when there is one.
 
     Raises:
-        WrisError: no such stack, or it has no such model; checkpoint or vocabulary are missing, damaged or another
-            model's; LAVIS cannot be imported.
+        WrisError: no such stack; checkpoint or vocabulary are missing, damaged or another model's; LAVIS cannot be
+            imported.
     """
-    chosen = get_stack(stack)
-    if (checkpoint := chosen.itm) is None:
-        raise WrisError(
-            f'the {chosen.name} stack has no image–text matching model yet; take the papers\' models: stack="paper".'
-        )
+    checkpoint = get_stack(stack).itm
     vocabulary = checkpoint_path(checkpoint.vocabulary)
     verify(vocabulary, expected_sha256(checkpoint.vocabulary))
     checkpoint_path(checkpoint)  # says what is missing before seconds are spent on importing LAVIS

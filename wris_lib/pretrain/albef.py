@@ -2,25 +2,25 @@
 
 ALBEF learns three things from pairs (Li et al. 2021, arXiv 2107.07651): to bring image and sentence together as
 vectors (contrastive, ITC), to tell whether a sentence belongs to an image (matching, ITM), and to guess hidden words
-(MLM). Four things are otherwise here:
+(MLM). Six things are otherwise here:
 
-- The image encoder begins as the first blocks of the toy CLIP's, the authors' as DeiT's. In a first round it stays as
-  it is, and what it sees is computed once: a step takes half the time, and words learn to look. In a second round it
-  goes on learning with them, for CLIP hardly sees small things.
+- The image encoder begins as the first blocks of the toy CLIP's, the authors' as DeiT's.
+- Pictures get harder: at first they show a single thing, then two or three, then any number. Where there is only one
+  thing, words learn what it looks like; to learn where it is, they have to know that.
 - Sentences that do not belong are, for the authors, those of other images in the batch, preferably of those that look
   alike. In a small world such a sentence is often true by chance, and a matcher punished for seeing this learns
   nothing. Here they are at first another image's, drawn without preference, and later more and more often sentences
   that differ from a true one in one place and are known to be untrue.
 - Some of the patches, drawn anew in each step, are not shown, so that a sentence is not recognised by one of them; and
   one reading with hidden words serves both matching and guessing.
+- Not only the sentence is judged, by [CLS], but also its words, by the same head: those of a true sentence are right,
+  and the one that was exchanged is wrong. And in most of the sentences only words with a meaning look at the image.
+  Otherwise [CLS] learns to look for the whole sentence, and it does not matter what a word looks at.
 - There are no momentum models and no queues, which make up for noisy captions of the web.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertTokenizerFast
 
-from wris_lib.backbones.checkpoints import TOY_ITM, WEIGHTS, record_sha256
+from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_sha256
 from wris_lib.backbones.clip import Clip, load_clip, normalise, resize_positions
-from wris_lib.backbones.feature_store import Encoder, FeatureStore, Rows, open_features
-from wris_lib.backbones.features import fingerprint
 from wris_lib.backbones.itm import SIZES, Albef
 from wris_lib.data.toyworld import wording
 from wris_lib.data.toyworld.pretraining import POOLS, Pool, pool
@@ -44,42 +42,17 @@ from wris_lib.methods.iterprime.words import PREFIX
 from wris_lib.pretrain.clip import export
 from wris_lib.train import Recipe, fit
 
+CHECKPOINT = STACKS["toy"].itm
 BATCH = 24  # images
 PAIRS = 3  # of a true and another sentence, for each image
 HELD_OUT = 256  # images at the end of the pool that are never trained on
+STEPS, LEARNING_RATE = 6500, 3e-4
+SHOWN = 0.5  # share of the patches
 GUESSED = 0.2  # share of all words that are hidden; those of true sentences are to be guessed
 IGNORED = -100  # label of what is not to be guessed
+ALONE = 0.75  # share of the sentences of which only words with a meaning look at the image
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # the first tokens, in BERT's order of use
-
-
-@dataclass(frozen=True)
-class Round:
-    """A part of training.
-
-    Args:
-        steps: of the optimiser.
-        learning_rate: its peak.
-        frozen: the image encoder stays as it is.
-        shown: share of the patches that are shown.
-        foreign: share of the false sentences that are another image's, in the first step and behind the last.
-    """
-
-    steps: int
-    learning_rate: float
-    frozen: bool
-    shown: float
-    foreign: tuple[float, float]
-
-    def recipe(self) -> Recipe:
-        """AdamW with a cosine."""
-        warmup = min(400, self.steps // 10)
-        return Recipe(self.steps, self.learning_rate, weight_decay=0.05, warmup=warmup, checkpoint_every=250)
-
-
-ROUNDS = (
-    Round(3000, 3e-4, frozen=True, shown=0.5, foreign=(1.0, 0.5)),
-    Round(8000, 3e-4, frozen=False, shown=0.5, foreign=(0.5, 0.3)),
-)
+FUNCTION_WORDS = ["a", "an", "and", "at", "in", "is", "of", "on", "the", "there", "to", "with"]
 
 
 class Batches:
@@ -88,40 +61,39 @@ class Batches:
     Args:
         data: ALBEF's pool.
         tokenizer: the model's.
-        this: the round.
+        steps: of the training, over which batches get harder.
         held_out: images at the end to leave out.
         pairs: of true and untrue sentences that an image brings; those with fewer are left out.
-        patches: of the images, as `encode` has them, to be given in their place.
         seed: of every choice.
     """
 
     def __init__(
-        self,
-        data: Pool,
-        tokenizer: BertTokenizerFast,
-        this: Round,
-        held_out: int,
-        patches: FeatureStore | None = None,
-        pairs: int = PAIRS,
-        seed: int = 0,
+        self, data: Pool, tokenizer: BertTokenizerFast, steps: int, held_out: int, pairs: int = PAIRS, seed: int = 0
     ) -> None:
-        self.data, self.tokenizer, self.round = data, tokenizer, this
-        self.patches, self.pairs, self.seed = patches, pairs, seed
+        self.data, self.tokenizer, self.steps, self.pairs, self.seed = data, tokenizer, steps, pairs, seed
         rich = np.array([i for i, sentences in enumerate(data.captions) if len(sentences) >= pairs])
         first = len(data.images) - held_out
+        self.silent = torch.tensor(tokenizer.convert_tokens_to_ids([*SPECIAL[:-1], *FUNCTION_WORDS]))  # all but [MASK]
         self.trained, self.tested = rich[rich < first], rich[rich >= first]
 
     def __call__(self, step: int) -> dict[str, Tensor]:
-        """BATCH images, their sentences (of each image first the true ones), and what is to be guessed in them."""
+        """BATCH images, their sentences (of each image first the true ones), what is to be guessed in them, which of
+        their words are right or wrong, and which of their tokens look at the image."""
         rng = np.random.default_rng((self.seed, step))
-        chosen = np.sort(rng.choice(self.trained, min(BATCH, len(self.trained)), replace=False))
-        first, last = self.round.foreign
-        batch = self.take(chosen, rng, first + (last - first) * step / self.round.steps)
+        first, last, foreign = difficulty(step / self.steps)
+        window = self.trained[round(first * len(self.trained)) : round(last * len(self.trained))]
+        batch = self.take(np.sort(rng.choice(window, min(BATCH, len(window)), replace=False)), rng, foreign)
         ids = batch["ids"]
-        words = torch.from_numpy(rng.random(ids.shape) < GUESSED) & (ids >= len(SPECIAL))
-        true = torch.arange(len(ids))[:, None] % (2 * self.pairs) < self.pairs
-        batch["guess"] = ids.masked_fill(~(words & true), IGNORED)
-        batch["ids"] = ids.masked_fill(words, SPECIAL.index("[MASK]"))
+        hidden = torch.from_numpy(rng.random(ids.shape) < GUESSED) & (ids >= len(SPECIAL))
+        true = (torch.arange(len(ids)) % (2 * self.pairs) < self.pairs)[:, None]
+        batch["guess"] = ids.masked_fill(~(hidden & true), IGNORED)
+        judged = ~(torch.isin(ids, self.silent) | hidden)
+        original = ids.roll(self.pairs, dims=0)  # of an altered sentence: the true one that it was
+        altered = batch.pop("altered")[:, None] & (ids[:, :, None] != original[:, None]).all(dim=2)
+        batch["right"] = torch.full_like(ids, IGNORED).masked_fill(judged & true, 1).masked_fill(judged & altered, 0)
+        batch["ids"] = ids.masked_fill(hidden, SPECIAL.index("[MASK]"))
+        alone = torch.from_numpy(rng.random(len(ids)) < ALONE)
+        batch["looks"] = ~(torch.isin(batch["ids"], self.silent) & alone[:, None])
         return batch
 
     def take(self, chosen: Int[np.ndarray, "n"], rng: np.random.Generator, foreign: float = 0.0) -> dict[str, Tensor]:
@@ -133,50 +105,67 @@ class Batches:
             foreign: share of the sentences that do not belong which are true ones of the next image.
         """
         picked = [rng.permutation(len(self.data.captions[i]))[: self.pairs] for i in chosen]
-        sentences = []
+        sentences, altered = [], []
         for place, i in enumerate(chosen):
-            other = (place + 1) % len(chosen)
-            wrong = [
-                self.data.captions[chosen[other]][k] if rng.random() < foreign else self.data.untrue[i][j]
-                for j, k in zip(picked[place], picked[other], strict=True)
-            ]
+            other, others = self.data.captions[chosen[(place + 1) % len(chosen)]], picked[(place + 1) % len(chosen)]
+            kept = rng.random(self.pairs) >= foreign
+            which = zip(picked[place], others, kept, strict=True)
+            wrong = [self.data.untrue[i][j] if keep else other[k] for j, k, keep in which]
             starts = [PREFIX if rng.random() < 0.5 else "" for _ in wrong]
             for kind in ([self.data.captions[i][j] for j in picked[place]], wrong):
                 sentences += [start + sentence for start, sentence in zip(starts, kind, strict=True)]
+            altered += [False] * self.pairs + kept.tolist()
         tokens = self.tokenizer(sentences, padding=True, return_tensors="pt")
-        text = {"ids": tokens["input_ids"], "mask": tokens["attention_mask"].bool()}
-        if self.patches is not None:
-            return {"patches": self.patches[chosen]["patches"].float(), **text}
+        text = {"ids": tokens["input_ids"], "mask": tokens["attention_mask"].bool(), "altered": torch.tensor(altered)}
         return {"images": torch.from_numpy(np.stack([self.data.images[i] for i in chosen])), **text}
 
 
-def loss(model: Albef, batch: dict[str, Tensor], step: int, shown: float) -> dict[str, Tensor]:
-    """ITC + ITM + MLM, for `train.fit`.
+def difficulty(progress: float) -> tuple[float, float, float]:
+    """How hard batches are after a share of the steps.
+
+    Returns:
+        Where the images come from: between two shares of the pool, whose images get harder towards its end; and the
+        share of the sentences that do not belong which are another image's.
+    """
+    first, last = np.interp(progress, [0, 1 / 3, 1], [0, 0, 1 / 3]), np.interp(progress, [0, 1 / 3], [1 / 3, 1])
+    return float(first), float(last), float(np.interp(progress, [0, 1 / 3], [0.5, 0.2]))
+
+
+def loss(model: Albef, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """ITC + ITM, of sentences and of words + MLM, for `train.fit`.
 
     Args:
-        batch: "patches" [B, P, C] or "images" uint8 [B, H, W, 3]; "ids", "mask" and "guess" [2TB, L], for each image T
-            true sentences and T others.
-        shown: share of the patches that are shown.
+        batch: "images" uint8 [B, H, W, 3]; "ids", "mask", "guess", "right" and "looks" [2TB, L], for each image T true
+            sentences and T others.
     """
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU, the fused attention's backward pass takes longer than all else
-        if "patches" in batch:
-            patches = show_some(batch["patches"], shown)
-        else:
-            patches = embed_some(model, batch["images"], shown)
+        patches = embed_some(model, batch["images"], SHOWN)
         texts = model.read(batch["ids"], batch["mask"])
-        fused = model.fuse(texts, batch["mask"], model.offer(patches), fusion_layers(model))
+        fused, images = texts, model.offer(patches)
+        for number in fusion_layers(model):
+            own = model.attend(fused, batch["mask"], number)
+            looked = model.look(number, own, images) * batch["looks"][:, None, :, None]
+            fused = model.take(number, own, looked, images)
     count = len(patches)
     true = true_ones(len(texts), count, texts.device)
-    matched = F.cross_entropy(model.itm_head(fused[:, 0]).float(), true.long())
+    judgements = model.itm_head(fused).float()
+    matched = F.cross_entropy(judgements[:, 0], true.long())
+    words = sum(verdict(judgements[batch["right"] == right], right) for right in (0, 1)) / 2
     guessed = batch["guess"] != IGNORED
-    words = F.cross_entropy(model.text_encoder.cls(fused[guessed]).float(), batch["guess"][guessed])
+    guesses = F.cross_entropy(model.text_encoder.cls(fused[guessed]).float(), batch["guess"][guessed])
     contrast = contrastive(
         F.normalize(model.vision_proj(patches[:, 0]).float(), dim=-1),
         F.normalize(model.text_proj(texts[:, 0]).float(), dim=-1),
         true,
         model.temp.clamp(0.01, 0.5),
     )
-    return {"loss": contrast + matched + words, "itc": contrast, "itm": matched, "mlm": words}
+    terms = {"itc": contrast, "itm": matched, "words": words, "mlm": guesses}
+    return {"loss": sum(terms.values()), **terms}
+
+
+def verdict(judgements: Float[Tensor, "n 2"], right: int) -> Float[Tensor, ""]:
+    """Cross-entropy of words that are all right (1) or all wrong (0); 0 when there are none."""
+    return -judgements.log_softmax(dim=1)[:, right].sum() / max(1, len(judgements))
 
 
 def contrastive(
@@ -225,20 +214,6 @@ def embed_some(model: Albef, images: UInt8[Tensor, "B H W 3"], share: float) -> 
     for block in vision.blocks:
         states = block(states)
     return vision.norm(states)
-
-
-def encode(model: Albef, data: Pool) -> FeatureStore:
-    """Class token and patches, [P, C], of every image of a pool, as the image encoder sees them; from the cache."""
-
-    def patches(images: list[UInt8[np.ndarray, "H W 3"]]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            seen = pixels(torch.from_numpy(np.stack(images)).to(model.itm_head.weight.device))
-            return {"patches": model.embed_images(seen)}
-
-    origin = fingerprint(model.visual_encoder, (__file__,))
-    encoder = Encoder("albef-patches", patches, {"size": model.size.image_size}, origin, batch=48)
-    keys = [sha256(image.tobytes()).hexdigest() for image in data.images]
-    return open_features(encoder, Rows(keys, lambda row: data.images[row]))
 
 
 def pixels(images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
@@ -316,39 +291,33 @@ def main(steps: int | None = None, folder: Path | None = None, device: str | tor
     """Train the toy ALBEF and write its weights, vocabulary and model card; run again, it continues.
 
     Args:
-        steps: of every round, for a trial, which leaves everything in `folder`. None: `ROUNDS`, and the weights are
-            written into the package.
-        folder: for the checkpoints; None: in the cache.
+        steps: for a trial, which leaves everything in `folder`. None: STEPS, and the weights are written into the
+            package.
+        folder: for the checkpoint; None: in the cache.
         device: None: CUDA when there is one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(folder or cache_dir() / "pretrain" / "albef")
-    rounds = [replace(r, steps=steps or r.steps) for r in ROUNDS]
     target = folder if steps else WEIGHTS
-    vocabulary = folder / TOY_ITM.vocabulary.file
+    steps = steps or STEPS
+    vocabulary = folder / CHECKPOINT.vocabulary.file
     if not vocabulary.is_file():  # a resumed run keeps its tokens, whatever words the grammar has learnt since
         write_vocabulary(wording.vocabulary(), vocabulary)
-    tokenizer, data = BertTokenizerFast(vocab_file=str(vocabulary)), pool("albef")
+    batches = Batches(pool("albef"), BertTokenizerFast(vocab_file=str(vocabulary)), steps, HELD_OUT)
     torch.manual_seed(0)
-    model = Albef(SIZES[TOY_ITM.size])
-    start_from_clip(model, load_clip("toy", "cpu"), torch.from_numpy(np.array(data.images[:64])))
-    model.to(device)
-    seconds = 0.0
-    for number, this in enumerate(rounds):
-        model.visual_encoder.requires_grad_(not this.frozen)
-        patches = encode(model, data) if this.frozen else None
-        batches = Batches(data, tokenizer, this, HELD_OUT, patches, seed=number)
-        measure = partial(loss, shown=this.shown)
-        log = fit(model, measure, batches, this.recipe(), folder / f"round {number + 1}", device)
-        seconds += sum(row["seconds"] for row in log)
-    accuracy = matching_accuracy(model.cpu(), Batches(data, tokenizer, this, HELD_OUT))
-    path = target / TOY_ITM.file
+    model = Albef(SIZES[CHECKPOINT.size])
+    some = batches.data.images[batches.trained[:: max(1, len(batches.trained) // 64)]]
+    start_from_clip(model, load_clip("toy", "cpu"), torch.from_numpy(some))
+    recipe = Recipe(steps, LEARNING_RATE, weight_decay=0.05, warmup=min(400, steps // 10), checkpoint_every=250)
+    log = fit(model, loss, batches, recipe, folder, device)
+    accuracy = matching_accuracy(model.cpu(), batches)
+    path = target / CHECKPOINT.file
     export(model, path)
     pieces = vocabulary.read_bytes()
     with atomic_write(target / vocabulary.name) as file:
         file.write(pieces)
     record_sha256(target / vocabulary.name)
-    card = model_card(model, rounds, log, seconds / 60, path.stat().st_size, accuracy, device)
+    card = model_card(model, recipe, log, path.stat().st_size, accuracy, device)
     with atomic_write(path.with_suffix(".md"), "w") as file:
         file.write(card)
     print(card)
@@ -356,9 +325,8 @@ def main(steps: int | None = None, folder: Path | None = None, device: str | tor
 
 def model_card(
     model: nn.Module,
-    rounds: list[Round],
+    recipe: Recipe,
     log: list[dict[str, int | float]],
-    minutes: float,
     size: int,
     accuracy: float,
     device: torch.device,
@@ -367,22 +335,16 @@ def model_card(
 
     Args:
         model: trained.
-        rounds: of the training.
-        log: of the last round.
-        minutes: that they took.
+        recipe: of the training.
+        log: of the training.
         size: of the file in bytes.
         accuracy: of matching on held-out images, in percent.
         device: trained on.
     """
     where = f"CPU, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    last = log[-100:]
-    ends = {name: sum(row[name] for row in last) / len(last) for name in ("itc", "itm", "mlm")}
+    last, minutes = log[-100:], sum(row["seconds"] for row in log) / 60
+    ends = {name: sum(row[name] for row in last) / len(last) for name in ("itc", "itm", "words", "mlm")}
     side, millions = model.size.image_size, sum(p.numel() for p in model.parameters()) / 1e6
-    table = "\n".join(
-        f"| {number} | {r.steps} | {r.learning_rate:g} | {'frozen' if r.frozen else 'trained'} |"
-        f" {100 * r.shown:.0f} % | {100 * r.foreign[0]:.0f} to {100 * r.foreign[1]:.0f} % |"
-        for number, r in enumerate(rounds, start=1)
-    )
     return f"""# Toy ALBEF
 
 LAVIS's ALBEF classes: a vision transformer of {model.size.image_layers} layers for images of {side}×{side} pixels in \
@@ -391,22 +353,23 @@ layers, from layer {model.size.fusion_layer} on (from 0) with cross-attention; a
 {millions:.1f} million parameters, {size / 1e6:.1f} MB. It
 says whether a sentence about a picture of the toy world is true. It knows the toy world and nothing else.
 
-**Data.** {POOLS["albef"][0] - HELD_OUT} scenes of the toy world, with true sentences and untrue ones that differ from
-them in one place (`wris_lib/data/toyworld/pretraining.py`). No boxes, no masks. {HELD_OUT} more are held out.
+**Data.** {POOLS["albef"][0] - HELD_OUT} pictures of the toy world, with true sentences and untrue ones that differ from
+them in one place (`wris_lib/data/toyworld/pretraining.py`): a third with one large thing, a third with two or three, a
+third with up to seven. No boxes, no masks. {HELD_OUT} more of the last kind are held out.
 
-**Recipe.** `python -m wris_lib pretrain albef`: steps of {BATCH} images with {PAIRS} true and {PAIRS} other sentences \
-each; contrastive,
-matching and masked-word loss, {100 * GUESSED:.0f} % of the words hidden. The image encoder begins as the first blocks \
-of the toy CLIP's.
-AdamW with a cosine after a warm-up, weight decay {rounds[0].recipe().weight_decay:g}, {rounds[0].recipe().precision}.
-
-| round | steps | learning rate | image encoder | patches shown | false sentences that are another image's |
-|---|---|---|---|---|---|
-{table}
+**Recipe.** `python -m wris_lib pretrain albef`: {recipe.steps} steps of {BATCH} images with {PAIRS} true and {PAIRS} \
+other sentences each, from
+easy to hard; contrastive loss, matching of sentences and of words, hidden words to be guessed; \
+{100 * GUESSED:.0f} % of the words are hidden,
+{100 * SHOWN:.0f} % of the patches shown, and of {100 * ALONE:.0f} % of the sentences only words with a meaning look. \
+The image
+encoder begins as the first blocks of the toy CLIP's. AdamW, learning rate {recipe.learning_rate:g} with a cosine after
+a warm-up, weight decay {recipe.weight_decay:g}, {recipe.precision}.
 
 **Made.** {date.today().isoformat()}, {minutes:.0f} minutes on {where}; torch {torch.__version__.split("+")[0]}, \
 transformers {transformers.__version__}. Mean losses of the last
-{len(last)} steps: contrastive {ends["itc"]:.2f}, matching {ends["itm"]:.2f}, words {ends["mlm"]:.2f}.
+{len(last)} steps: contrastive {ends["itc"]:.2f}, matching {ends["itm"]:.2f}, words right or wrong
+{ends["words"]:.2f}, words to be guessed {ends["mlm"]:.2f}.
 
 **Figure.** On the held-out scenes it says rightly whether a sentence is true in {accuracy:.1f} % of the cases. Half of
 the sentences are; the others differ from a true one in one place.

@@ -15,7 +15,7 @@ from PIL import Image
 
 from wris_lib.data.toyworld import grammar, wording
 from wris_lib.data.toyworld.build import VERSION, run_parallel
-from wris_lib.data.toyworld.scenes import SIZE, Scene, sample_object_image, sample_scene
+from wris_lib.data.toyworld.scenes import MAX_OBJECTS, SIZE, Scene, sample_object_image, sample_scene
 from wris_lib.data.toyworld.sprites import COLORS, drawings
 from wris_lib.files import atomic_folder, cache_dir, write_json
 
@@ -27,7 +27,10 @@ POOLS = {"clip": (40_000, 128), "sam": (12_000, 256), "clip-fine": (40_000, 192)
 
 @dataclass(frozen=True)
 class Pool:
-    """Images for pretraining; the first half of CLIP's are object-centric, the rest are scenes, as are all of ALBEF's.
+    """Images for pretraining.
+
+    The first half of CLIP's are object-centric, the rest are scenes. ALBEF's get harder: a third is object-centric, a
+    third are scenes of two or three objects, the last third are scenes of any number.
 
     Attributes:
         images: RGB, 0..255.
@@ -82,9 +85,12 @@ def _write_pool(folder: Path, name: str, count: int, size: int, processes: int |
 
 def _make_item(name: str, count: int, size: int, number: int) -> tuple[bytes, bytes, list]:
     rng = np.random.default_rng([SEED, list(POOLS).index(name), number])
-    object_centric = {"sam": number % 3 == 0, "albef": False}.get(name, number < count // 2)
+    object_centric = {"sam": number % 3 == 0, "albef": number < count // 3}.get(name, number < count // 2)
     categories = list(drawings())
-    scene = sample_object_image(rng, categories[number % len(categories)]) if object_centric else sample_scene(rng)
+    if object_centric:
+        scene = sample_object_image(rng, categories[number % len(categories)])
+    else:
+        scene = sample_scene(rng, most=3 if name == "albef" and number < 2 * count // 3 else MAX_OBJECTS)
     image = Image.fromarray(scene.image)
     if size != SIZE:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -122,8 +128,9 @@ def statements(scene: Scene, rng: np.random.Generator) -> tuple[list[str], list[
         kind = grammar.KINDS[int(rng.integers(len(grammar.KINDS)))]
         if (phrase := grammar.describe(scene, index, kind, rng)) and (other := deny(scene, phrase, rng)):
             short = bool(rng.random() < 0.4)
-            true.append(wording.say(phrase, rng, telegraphic=short))
-            untrue.append(wording.say(other, rng, telegraphic=short))
+            seed = int(rng.integers(2**32))  # of the wording: it shall be the same but in one place
+            for said, which in ((true, phrase), (untrue, other)):
+                said.append(wording.say(which, np.random.default_rng(seed), telegraphic=short))
     return true, untrue
 
 

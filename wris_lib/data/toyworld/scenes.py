@@ -79,14 +79,15 @@ class Scene:
         return PARTS_PER_OBJECT * (index + 1) + self.objects[index].drawing.parts.index(part)
 
 
-def sample_scene(rng: np.random.Generator, focus: tuple[str, ...] | None = None) -> Scene:
+def sample_scene(rng: np.random.Generator, focus: tuple[str, ...] | None = None, most: int = MAX_OBJECTS) -> Scene:
     """A scene of 2 to 7 objects, with distractors of the same category as in RefCOCO.
 
     Args:
         focus: categories of which one is repeated; by default any.
+        most: objects, from 2 on.
     """
     while True:
-        scene = _try_scene(rng, focus or tuple(drawings()))
+        scene = _try_scene(rng, focus or tuple(drawings()), most)
         if len(scene.objects) >= 2:
             return scene
 
@@ -100,8 +101,8 @@ def sample_object_image(rng: np.random.Generator, category: str) -> Scene:
     return _paint_scene(rng, [_sample_object(rng, drawing, (float(x), float(y)), height)])
 
 
-def _try_scene(rng: np.random.Generator, focus: tuple[str, ...]) -> Scene:
-    count = int(rng.integers(2, MAX_OBJECTS + 1))
+def _try_scene(rng: np.random.Generator, focus: tuple[str, ...], most: int) -> Scene:
+    count = int(rng.integers(2, most + 1))
     repeats = min(count, int(_choice(rng, (1, 2, 2, 2, 3, 3, 4))))
     categories = [_choice(rng, focus)] * repeats
     if rng.random() < 0.25:  # relatives as distractors: another vehicle beside the vehicles, a woman beside the men
