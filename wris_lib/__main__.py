@@ -142,7 +142,7 @@ def segment(options: argparse.Namespace) -> None:
 def benchmark(options: argparse.Namespace) -> None:
     """Measure methods on splits, and write table and picture into results/. A run that was stopped goes on where it
     was; processes started with the same command, such as by accelerate, divide the work. With --limit the files are
-    named after it, so that a trial does not replace the full figures. --all takes an hour or two on two cores."""
+    named after it, so that a trial does not replace the full figures."""
     from wris_lib import report
     from wris_lib.benchmark import LIMIT, TOY_SPLITS, run
 

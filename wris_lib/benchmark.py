@@ -49,7 +49,7 @@ TOY_SPLITS = (
     *("toyref:val", "toyref:testA", "toyref:testB", "toyref+:val", "toyref+:testA", "toyref+:testB"),
     *("toyrefg:val", "toyrefg:test", "toycut:val", "toyobjects:val"),
 )
-# Of a comparison of everything: figures to ± 2 points in an hour or two on two cores.
+# Expressions of each split in a comparison of everything; all of them would take several times as long.
 LIMIT = 500
 
 Found = dict[tuple[str, str], list[Record]]

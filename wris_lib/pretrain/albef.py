@@ -9,8 +9,8 @@ vectors (contrastive, ITC), to tell whether a sentence belongs to an image (matc
   thing, words learn what it looks like; to learn where it is, they have to know that.
 - Sentences that do not belong are, for the authors, those of other images in the batch, preferably of those that look
   alike. In a small world such a sentence is often true by chance, and a matcher punished for seeing this learns
-  nothing. Here they are at first another image's, drawn without preference, and later more and more often sentences
-  that differ from a true one in one place and are known to be untrue.
+  nothing. Here half of them are at first another image's, drawn without preference, later a fifth; the others differ
+  from a true one in one place and are known to be untrue.
 - Some of the patches, drawn anew in each step, are not shown, so that a sentence is not recognised by one of them; and
   one reading with hidden words serves both matching and guessing.
 - Not only the sentence is judged, by [CLS], but also its words, by the same head: those of a true sentence are right,
