@@ -14,6 +14,7 @@ from PIL import Image
 from tests import fake_benchmark
 from tests.fake_benchmark import IMAGES, Fake
 from wris_lib import benchmark, contestants, report
+from wris_lib.contestants import predictor
 from wris_lib.errors import WrisError
 
 
@@ -146,7 +147,7 @@ def test_weights_that_a_row_does_not_use_are_not_its_business(split):
 
 
 def test_what_is_no_row_is_measured_alike_and_not_kept(split, tmp_path):
-    items, predict = fake_benchmark.read_split(split / "fake_val").items, benchmark.predictor(Fake(wide=False))
+    items, predict = fake_benchmark.read_split(split / "fake_val").items, predictor(Fake(wide=False))
     every, some = benchmark.measure(predict, items), benchmark.measure(predict, items, limit=7, seed=1)
     assert Fake.calls == IMAGES + 3
     assert list((tmp_path / "cache").rglob("*.jsonl")) == []

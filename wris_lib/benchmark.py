@@ -35,7 +35,6 @@ from wris_lib import cost, data, evaluate, page, report
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.features import PACKAGES
 from wris_lib.contestants import Contestant, Predict, contestants, everyone
-from wris_lib.contestants import predictor as predictor  # studies measure what is no row with it
 from wris_lib.data.coco import encode_mask
 from wris_lib.data.images import load_image
 from wris_lib.data.refer import EvaluationItem
@@ -49,7 +48,7 @@ TOY_SPLITS = (
     *("toyref:val", "toyref:testA", "toyref:testB", "toyref+:val", "toyref+:testA", "toyref+:testB"),
     *("toyrefg:val", "toyrefg:test", "toycut:val", "toyobjects:val"),
 )
-# Expressions of each split in a comparison of everything; all of them would take several times as long.
+# Expressions of each split in a comparison of everything.
 LIMIT = 500
 
 Found = dict[tuple[str, str], list[Record]]

@@ -237,7 +237,7 @@ def test_batches_get_harder(data, tokenizer, few, monkeypatch):
     batches = Batches(data, tokenizer, STEPS, 2)
     for step in (0, 50, 99):
         for seed in range(20):
-            batches.seed = seed
+            monkeypatch.setattr(albef, "SEED", seed)
             batches(step)
     drawn = [set.union(*(chosen for chosen, _ in seen[start : start + 20])) for start in (0, 20, 40)]
     assert drawn == [{0, 1}, {0, 1, 3, 4, 5}, {3, 4, 5}]

@@ -15,6 +15,7 @@ from tests.methods.test_pcnet_training import Nobody, pairs
 from tests.methods.test_ppt_training import picture
 from tests.studies.test_ppt_studies import check_form, record
 from wris_lib import benchmark
+from wris_lib.contestants import predictor
 from wris_lib.data.refer import EvaluationItem
 from wris_lib.files import sha256, write_json
 from wris_lib.methods.pcnet import MASKS, PcNet
@@ -138,7 +139,7 @@ def test_it_is_measured_as_the_benchmark_would(clip, segmenter, tmp_path, monkey
     found = runner.measure(crm, LONG)
     for mask in MASKS:
         method = PcNet(clip, segmenter, crm, runner.llm, runner.parser, mask)
-        expected = benchmark.measure(benchmark.predictor(method), items)
+        expected = benchmark.measure(predictor(method), items)
         assert len(found[mask]) == len(expected) == 3
         assert over_seeds([found[mask]]).keys() == over_seeds([expected]).keys()
         for ours, direct in zip(found[mask], expected, strict=True):

@@ -186,7 +186,7 @@ def runner(weights, clip, segmenter, data, monkeypatch) -> Runner:
     for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
         monkeypatch.setattr(training, name, value)
     monkeypatch.setattr(studies.data, "load", lambda split: SimpleNamespace(items=[split]))
-    monkeypatch.setattr(benchmark, "predictor", lambda method: method.generator)
+    monkeypatch.setattr(studies, "predictor", lambda method: method.generator)
     monkeypatch.setattr(
         benchmark, "measure", lambda generator, items, limit: [*items, limit, fingerprint(generator.state_dict())]
     )

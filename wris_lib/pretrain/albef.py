@@ -44,6 +44,7 @@ from wris_lib.train import Recipe, fit
 
 CHECKPOINT = STACKS["toy"].itm
 BATCH = 24  # images
+SEED = 0  # of all that is drawn
 PAIRS = 3  # of a true and another sentence, for each image
 HELD_OUT = 256  # images at the end of the pool that are never trained on
 STEPS, LEARNING_RATE = 6500, 3e-4
@@ -58,20 +59,18 @@ FUNCTION_WORDS = ["a", "an", "and", "at", "in", "is", "of", "on", "the", "there"
 class Batches:
     """Batches of images with sentences, as a pure function of the step.
 
+    Every image brings PAIRS true and as many other sentences; images with fewer are left out.
+
     Args:
         data: ALBEF's pool.
         tokenizer: the model's.
         steps: of the training, over which batches get harder.
         held_out: images at the end to leave out.
-        pairs: of true and untrue sentences that an image brings; those with fewer are left out.
-        seed: of every choice.
     """
 
-    def __init__(
-        self, data: Pool, tokenizer: BertTokenizerFast, steps: int, held_out: int, pairs: int = PAIRS, seed: int = 0
-    ) -> None:
-        self.data, self.tokenizer, self.steps, self.pairs, self.seed = data, tokenizer, steps, pairs, seed
-        rich = np.array([i for i, sentences in enumerate(data.captions) if len(sentences) >= pairs])
+    def __init__(self, data: Pool, tokenizer: BertTokenizerFast, steps: int, held_out: int) -> None:
+        self.data, self.tokenizer, self.steps = data, tokenizer, steps
+        rich = np.array([i for i, sentences in enumerate(data.captions) if len(sentences) >= PAIRS])
         first = len(data.images) - held_out
         self.silent = torch.tensor(tokenizer.convert_tokens_to_ids([*SPECIAL[:-1], *FUNCTION_WORDS]))  # all but [MASK]
         self.trained, self.tested = rich[rich < first], rich[rich >= first]
@@ -79,16 +78,16 @@ class Batches:
     def __call__(self, step: int) -> dict[str, Tensor]:
         """BATCH images, their sentences (of each image first the true ones), what is to be guessed in them, which of
         their words are right or wrong, and which of their tokens look at the image."""
-        rng = np.random.default_rng((self.seed, step))
+        rng = np.random.default_rng((SEED, step))
         first, last, foreign = difficulty(step / self.steps)
         window = self.trained[round(first * len(self.trained)) : round(last * len(self.trained))]
         batch = self.take(np.sort(rng.choice(window, min(BATCH, len(window)), replace=False)), rng, foreign)
         ids = batch["ids"]
         hidden = torch.from_numpy(rng.random(ids.shape) < GUESSED) & (ids >= len(SPECIAL))
-        true = (torch.arange(len(ids)) % (2 * self.pairs) < self.pairs)[:, None]
+        true = (torch.arange(len(ids)) % (2 * PAIRS) < PAIRS)[:, None]
         batch["guess"] = ids.masked_fill(~(hidden & true), IGNORED)
         judged = ~(torch.isin(ids, self.silent) | hidden)
-        original = ids.roll(self.pairs, dims=0)  # of an altered sentence: the true one that it was
+        original = ids.roll(PAIRS, dims=0)  # of an altered sentence: the true one that it was
         altered = batch.pop("altered")[:, None] & (ids[:, :, None] != original[:, None]).all(dim=2)
         batch["right"] = torch.full_like(ids, IGNORED).masked_fill(judged & true, 1).masked_fill(judged & altered, 0)
         batch["ids"] = ids.masked_fill(hidden, SPECIAL.index("[MASK]"))
@@ -104,17 +103,17 @@ class Batches:
             rng: of every choice.
             foreign: share of the sentences that do not belong which are true ones of the next image.
         """
-        picked = [rng.permutation(len(self.data.captions[i]))[: self.pairs] for i in chosen]
+        picked = [rng.permutation(len(self.data.captions[i]))[:PAIRS] for i in chosen]
         sentences, altered = [], []
         for place, i in enumerate(chosen):
             other, others = self.data.captions[chosen[(place + 1) % len(chosen)]], picked[(place + 1) % len(chosen)]
-            kept = rng.random(self.pairs) >= foreign
+            kept = rng.random(PAIRS) >= foreign
             which = zip(picked[place], others, kept, strict=True)
             wrong = [self.data.untrue[i][j] if keep else other[k] for j, k, keep in which]
             starts = [PREFIX if rng.random() < 0.5 else "" for _ in wrong]
             for kind in ([self.data.captions[i][j] for j in picked[place]], wrong):
                 sentences += [start + sentence for start, sentence in zip(starts, kind, strict=True)]
-            altered += [False] * self.pairs + kept.tolist()
+            altered += [False] * PAIRS + kept.tolist()
         tokens = self.tokenizer(sentences, padding=True, return_tensors="pt")
         text = {"ids": tokens["input_ids"], "mask": tokens["attention_mask"].bool(), "altered": torch.tensor(altered)}
         return {"images": torch.from_numpy(np.stack([self.data.images[i] for i in chosen])), **text}
@@ -304,7 +303,7 @@ def main(steps: int | None = None, folder: Path | None = None, device: str | tor
     if not vocabulary.is_file():  # a resumed run keeps its tokens, whatever words the grammar has learnt since
         write_vocabulary(wording.vocabulary(), vocabulary)
     batches = Batches(pool("albef"), BertTokenizerFast(vocab_file=str(vocabulary)), steps, HELD_OUT)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = Albef(SIZES[CHECKPOINT.size])
     some = batches.data.images[batches.trained[:: max(1, len(batches.trained) // 64)]]
     start_from_clip(model, load_clip("toy", "cpu"), torch.from_numpy(some))

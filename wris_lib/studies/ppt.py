@@ -26,6 +26,7 @@ from wris_lib.backbones.feature_store import Encoder, FeatureStore, JoinedStores
 from wris_lib.backbones.features import clip_words, sam_embeddings, texts
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.sam import Segmenter, load_sam
+from wris_lib.contestants import predictor
 from wris_lib.data import toyworld
 from wris_lib.data.images import load_image
 from wris_lib.data.objects import ObjectImages
@@ -126,7 +127,7 @@ class Runner:
                     path = run.records(stage, split)
                     if not path.exists():
                         method = Ppt(self.clip, self.segmenter, copy.deepcopy(generator))
-                        write_json(path, benchmark.measure(benchmark.predictor(method), data.load(split).items, LIMIT))
+                        write_json(path, benchmark.measure(predictor(method), data.load(split).items, LIMIT))
 
 
 def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
