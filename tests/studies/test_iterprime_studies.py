@@ -78,7 +78,8 @@ def test_the_ablation_writes_all_tables(monkeypatch, tmp_path, capsys):
     path = tmp_path / "iterprime_ablation.json"
     assert capsys.readouterr().out == f"{path}\n"
     results = json.loads(path.read_text())
-    healing = {split: {"healed": 1, "broken": 0, "n": 2} for split in (LONG, VAL)}
+    rules = ("as here", "released stop")
+    healing = {split: {rule: {"healed": 1, "broken": 0, "n": 2} for rule in rules} for split in (LONG, VAL)}
     check_form(results, "study iterprime ablation", [0], healing=healing)
     expected = [(table, name, split) for table, (splits, rows) in TABLES.items() for split in splits for name in rows]
     expected += [("ToyCut (Table 2)", name, CUT) for name in ("all", "unseen")]

@@ -76,6 +76,7 @@ SIZES = {
         vocabulary=256,
         text_length=48,
         embed_width=96,
+        patch_size=8,
     ),
     "base": AlbefSize(
         image_size=256,

@@ -76,7 +76,11 @@ def ablation(folder: Path = RESULTS) -> None:
     cut, items = ask({}, CUT), data.load(CUT).items
     unseen = [record for record in cut if items[record["item"]].category in UNSEEN]
     rows += [_row("ToyCut (Table 2)", name, CUT, some) for name, some in (("all", cut), ("unseen", unseen))]
-    healing = {split: heal(ask({"passes": 0}, split), ask({}, split)) for split in (LONG, VAL)}
+    rules: dict[str, Options] = {"as here": {}, "released stop": {"released_stop": True}}
+    healing = {
+        split: {rule: heal(ask({"passes": 0}, split), ask(options, split)) for rule, options in rules.items()}
+        for split in (LONG, VAL)
+    }
     write(folder / "iterprime_ablation.json", "study iterprime ablation", [0], rows, healing=healing)
 
 
@@ -88,7 +92,8 @@ def ask(options: Options, split: str) -> list[Record]:
 
 
 def _row(table: str, name: str, split: str, records: Sequence[Record]) -> dict[str, Any]:
-    figures = {"metrics": evaluate.summarize(records), "kinds": evaluate.breakdown(records)}
+    kinds = {kind: part for kind, part in evaluate.breakdown(records).items() if kind in ("Position", "Others")}
+    figures = {"metrics": evaluate.summarize(records), "kinds": kinds}
     return {"table": table, "name": name, "data": split, "n": len(records)} | figures
 
 

@@ -89,6 +89,11 @@ def vocabulary() -> list[str]:
     return sorted({part for word in words for part in word.split()})
 
 
+def nouns() -> set[str]:
+    """Every word that names the thing that an expression is about."""
+    return {*GROUPS, *(noun for category in drawings() for noun in nouns_of(category))}
+
+
 def plural(noun: str) -> str:
     """The plural of a category's name."""
     irregular = {"man": "men", "woman": "women"}
