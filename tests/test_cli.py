@@ -88,7 +88,7 @@ def test_an_error_is_one_line_without_traceback(tmp_path: Path):
     ],
 )
 def test_how_it_ends(error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr("wris_lib.backbones.checkpoints.fetch_paper", Recorder(error))
+    monkeypatch.setattr("wris_lib.fetch.fetch_paper", Recorder(error))
     assert main(["fetch", "paper"]) == code
     assert capsys.readouterr().err.startswith(message)
 
@@ -101,7 +101,7 @@ def test_doctor_gives_its_exit_code(code: int, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("flags", "ask"), [([], True), (["--yes"], False)])
 def test_fetch(flags: list[str], ask: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("wris_lib.backbones.checkpoints.fetch_paper", fetched := Recorder())
+    monkeypatch.setattr("wris_lib.fetch.fetch_paper", fetched := Recorder())
     assert main(["fetch", "paper", *flags]) == 0
     assert fetched.named == {"ask": ask}
 

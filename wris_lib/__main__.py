@@ -123,7 +123,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def fetch(options: argparse.Namespace) -> None:
     """Download the checkpoints of the paper stack into the cache. A broken download is continued."""
-    from wris_lib.backbones.checkpoints import fetch_paper
+    from wris_lib.fetch import fetch_paper
 
     fetch_paper(ask=not options.yes)
 
