@@ -21,6 +21,7 @@ class Server:
 
     url: str = ""
     content: bytes = CONTENT
+    files: dict[str, bytes] = field(default_factory=dict)  # what it has under other names than that of `url`
     ranges: bool = True  # answers Range requests
     length: bool = True  # sends Content-Length
     stop_after: int | None = None  # closes the connection after so many bytes
@@ -28,6 +29,10 @@ class Server:
     hashes: tuple[str, ...] = ()  # an x-goog-hash line for each
     announced: int | None = None  # the length that it announces; None: the right one
     asked: list[str | None] = field(default_factory=list)
+    asked_for: list[str] = field(default_factory=list)  # the names
+
+    def has(self, path: str) -> bytes:
+        return self.files.get(path.removeprefix("/"), self.content)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -39,14 +44,16 @@ class Handler(BaseHTTPRequestHandler):
         server = self.behaviour
         asked = self.headers.get("Range")
         server.asked.append(asked)
+        server.asked_for.append(self.path.removeprefix("/"))
         if server.status:
             self.send_error(server.status)
             return
         start = int(re.match(r"bytes=(\d+)-", asked)[1]) if asked and server.ranges else 0
-        if start >= len(server.content):
+        content = server.has(self.path)
+        if start >= len(content):
             self.send_error(416)
             return
-        body = server.content[start:]
+        body = content[start:]
         self.send_response(206 if start else 200)
         if server.length:
             self.send_header("Content-Length", str(len(body)))
@@ -62,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         for line in server.hashes:
             self.send_header("x-goog-hash", line)
         if server.length:
-            self.send_header("Content-Length", str(server.announced or len(server.content)))
+            self.send_header("Content-Length", str(server.announced or len(server.has(self.path))))
         self.end_headers()
 
     def log_message(self, *arguments: object) -> None:

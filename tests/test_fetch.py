@@ -44,9 +44,10 @@ def test_fetch_says_what_it_will_bring_and_asks(paper: Path, server: Server, mon
     monkeypatch.setattr("builtins.input", lambda question: print(question) or "n")
     fetch_paper()
     said = capsys.readouterr().out
-    assert "ViT-B-16.pt: about 351 MB, MIT licence" in said
-    assert "sam_vit_b_01ec64.pth: about 375 MB, Apache-2.0 licence" in said
-    assert server.url in said and str(paper) in said
+    assert "ViT-B-16.pt: about 351 MB; licence: MIT\n" in said
+    assert "sam_vit_b_01ec64.pth: about 375 MB; licence: Apache-2.0\n" in said
+    sam = STACKS["paper"].sam
+    assert f"    from {sam.urls[0]}\n    or   {server.url}\n" in said and str(paper) in said
     assert "Fetch? [y/N]" in said and "Nothing was fetched." in said
     assert server.asked == []
 

@@ -30,6 +30,11 @@ class Remote:
     megabytes: int = 0
     licence: str = ""
 
+    @property
+    def amount(self) -> str:
+        """How much there is to download, in words."""
+        return f"about {self.megabytes} MB"
+
 
 class DownloadError(WrisError):
     """This source failed; another one may do better."""
