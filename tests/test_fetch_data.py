@@ -317,6 +317,12 @@ def test_pictures_that_are_there_are_linked_and_not_fetched(root: Path, coco: Pa
     assert data.load("refcoco:val").items[0].image_path.is_file()
 
 
+def test_pictures_that_are_there_stay_in_the_command_that_mends(root: Path, coco: Path, server: Server) -> None:
+    server.status = 503
+    with pytest.raises(WrisError, match=rf"run `python -m wris_lib fetch paper --data refcoco --images {coco}` again"):
+        fetch_paper(["refcoco"], coco, ask=False)
+
+
 def test_a_link_to_pictures_that_are_gone_gives_way_to_fetched_ones(root: Path, coco: Path, server: Server) -> None:
     fetch_paper(["refcoco"], coco, ask=False)
     shutil.rmtree(coco)

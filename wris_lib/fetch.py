@@ -18,8 +18,8 @@ def fetch_paper(datasets: Sequence[str] = (), images: Path | None = None, ask: b
         ask: wait for a yes on the keyboard first.
 
     Raises:
-        WrisError: no source of a file worked; a folder is read-only or the disk is full; `images` has other pictures
-            than the datasets need. What has arrived is kept.
+        WrisError: no source of a file worked; a folder is read-only or the disk is full; `images` lacks pictures
+            that the datasets have. What has arrived is kept.
     """
     if images is not None:
         archives.check_images(images, datasets)
@@ -37,8 +37,9 @@ def fetch_paper(datasets: Sequence[str] = (), images: Path | None = None, ask: b
     for checkpoint in weights:
         fetch_checkpoint(checkpoint)
     print(f"The paper stack is complete in {cache_dir() / 'paper'}.")
+    command = f"{FETCH} --data {' '.join(datasets)}" + (f" --images {images}" if images is not None else "")
     for archive in data:
-        archives.fetch_archive(archive, f"{FETCH} --data {' '.join(datasets)}")
+        archives.fetch_archive(archive, command)
     _check(datasets, images)
 
 
