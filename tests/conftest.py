@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.serving import Server, serving
+
 # From here on, each annotation of a wris_lib function is checked at each call: shapes by jaxtyping, types by beartype.
 install_import_hook("wris_lib", "beartype.beartype")
 
@@ -24,3 +26,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("WRIS_STACK", raising=False)
         patch.delenv("WRIS_DATA", raising=False)
         yield folder
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as behaviour:
+        yield behaviour
+
+
+@pytest.fixture
+def dead_url() -> str:
+    """An address on this machine where nobody answers any more."""
+    with serving() as behaviour:
+        return behaviour.url

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wris_lib.__main__ import main
+from wris_lib.__main__ import REAL_DATA, main
 from wris_lib.benchmark import LIMIT, TOY_SPLITS
+from wris_lib.data.archives import DATASETS
 from wris_lib.errors import WrisError
 from wris_lib.methods import Prediction
 
@@ -50,6 +51,8 @@ def test_every_command_has_help(command: str, capsys):
         ["dance"],
         ["fetch"],
         ["fetch", "toys"],
+        ["fetch", "paper", "--data"],
+        ["fetch", "paper", "--data", "toyref"],
         ["segment", "a.png"],
         ["pretrain", "llm"],
         ["train"],
@@ -88,7 +91,7 @@ def test_an_error_is_one_line_without_traceback(tmp_path: Path):
     ],
 )
 def test_how_it_ends(error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr("wris_lib.backbones.checkpoints.fetch_paper", Recorder(error))
+    monkeypatch.setattr("wris_lib.fetch.fetch_paper", Recorder(error))
     assert main(["fetch", "paper"]) == code
     assert capsys.readouterr().err.startswith(message)
 
@@ -101,9 +104,18 @@ def test_doctor_gives_its_exit_code(code: int, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("flags", "ask"), [([], True), (["--yes"], False)])
 def test_fetch(flags: list[str], ask: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("wris_lib.backbones.checkpoints.fetch_paper", fetched := Recorder())
+    monkeypatch.setattr("wris_lib.fetch.fetch_paper", fetched := Recorder())
     assert main(["fetch", "paper", *flags]) == 0
-    assert fetched.named == {"ask": ask}
+    assert fetched.positional == ([], None) and fetched.named == {"ask": ask}
+
+
+def test_fetch_of_data(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("wris_lib.fetch.fetch_paper", fetched := Recorder())
+    assert main(["fetch", "paper", "--data", "refcoco", "refcocog", "--images", "coco/train2014"]) == 0
+    assert fetched.positional == (["refcoco", "refcocog"], Path("coco/train2014"))
+    assert main(["fetch", "paper", "--images", "coco/train2014"]) == 2
+    assert "add --data and its name, such as refcoco" in capsys.readouterr().err
+    assert tuple(DATASETS) == REAL_DATA
 
 
 def test_segment_writes_the_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from wris_lib import doctor
 from wris_lib.backbones import checkpoints
+from wris_lib.data import archives
 from wris_lib.doctor import Finding
 
 ANY = SpecifierSet("")
@@ -250,6 +251,21 @@ def test_paper_stack(monkeypatch: pytest.MonkeyPatch):
     assert list(doctor.check_paper_stack())[-1] == Finding("OK", "paper stack en_core_web_sm", "ready")
 
 
+@pytest.mark.parametrize(
+    ("refcoco", "level", "text", "mend"),
+    [
+        (
+            *("missing", "WARN", "refcoco missing, refcoco+ missing, but the toy stack does without"),
+            "python -m wris_lib fetch paper --data refcoco",
+        ),
+        ("ready", "OK", "refcoco ready, refcoco+ missing", ""),
+    ],
+)
+def test_paper_data(refcoco: str, level: str, text: str, mend: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(archives, "data_status", lambda: {"refcoco": refcoco, "refcoco+": "missing"})
+    assert only(doctor.check_paper_data) == Finding(level, "paper stack data", text, mend)
+
+
 def test_a_check_that_breaks_is_a_finding():
     def broken():
         raise OSError("the disk went away")
@@ -268,8 +284,8 @@ def test_exit_code_and_summary(levels, code: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_everything_is_looked_at():
-    subjects = {"Python", "device", "packages", "toy weights", "kernel", "memory", "disk", "cache", "paper stack"}
-    assert set(doctor.CHECKS) == subjects
+    machine = {"Python", "device", "packages", "kernel", "memory", "disk", "cache"}
+    assert set(doctor.CHECKS) == machine | {"toy weights", "paper stack", "paper stack data"}
 
 
 def test_runs_on_a_bare_python(tmp_path: Path):

@@ -7,10 +7,10 @@ import wris_lib
 
 # Rooms of the house, from the ground up. Each may import from those named before it, and within itself.
 ROOMS = (
-    *("errors", "files", "data", "backbones", "train", "evaluate", "methods"),
+    *("errors", "files", "download", "data", "backbones", "train", "evaluate", "methods"),
     *("report", "examples", "ablation_figure", "show"),  # what becomes of predictions
     *("contestants", "cost", "page", "benchmark"),
-    *("pretrain", "studies", "doctor"),
+    *("pretrain", "studies", "fetch", "doctor"),
     *("exercises", "exercises_ppt", "exercises_curriculum", "exercises_pcnet", "exercises_iterprime"),
     *("widgets", "widgets_ppt", "widgets_curriculum", "widgets_pcnet", "widgets_iterprime"),
     "__main__",

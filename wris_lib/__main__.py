@@ -18,6 +18,7 @@ Weakly-supervised referring image segmentation, to read and to run.
   python -m wris_lib segment photo.jpg "the dog on the left" --out overlay.png
 """
 STACK_HELP = 'models to use: "toy", which come with the course (default), or "paper", see `fetch`'
+REAL_DATA = ("refcoco", "refcoco+", "refcocog")
 STUDIES = {"ablation": ("ppt", "pcnet"), "study": ("ppt",), "pseudo_labels": ("ppt",), "cache_speed": ("ppt",)}
 SPLITS = "toyobjects:val toyref:val toyref+:val toyrefg:val"
 
@@ -58,8 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add(doctor, "say what works here, and how to mend the rest")
 
-    fetched = add(fetch, "download the papers' checkpoints")
-    fetched.add_argument("stack", choices=["paper"], help="the papers' CLIP and SAM, with their hashes checked")
+    fetched = add(fetch, "download the papers' checkpoints and data")
+    fetched.add_argument("stack", choices=["paper"], help="the papers' CLIP, SAM and ALBEF, with their hashes checked")
+    real = ", ".join(REAL_DATA)
+    fetched.add_argument("--data", nargs="+", default=[], choices=REAL_DATA, metavar="DATASET", help=f"also {real}")
+    fetched.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="COCO's train2014, if you have it (else fetched, 13.5 GB)"
+    )
     fetched.add_argument("--yes", action="store_true", help="do not ask before downloading")
 
     segmented = add(segment, "find the object that an expression refers to")
@@ -122,10 +128,13 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """Download the checkpoints of the paper stack into the cache. A broken download is continued."""
-    from wris_lib.backbones.checkpoints import fetch_paper
+    """Say what is lacking of the paper stack, and of real datasets, and download it into the cache. A broken download
+    is continued; what is there already is not fetched again."""
+    from wris_lib.fetch import fetch_paper
 
-    fetch_paper(ask=not options.yes)
+    if options.images and not options.data:
+        raise WrisError("--images says where the pictures of a dataset are; add --data and its name, such as refcoco.")
+    fetch_paper(options.data, options.images, ask=not options.yes)
 
 
 def segment(options: argparse.Namespace) -> None:

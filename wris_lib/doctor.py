@@ -231,6 +231,19 @@ def check_paper_stack() -> Iterator[Finding]:
             yield Finding("WARN", f"paper stack {name}", f"{found}, but the toy stack does without", mend)
 
 
+def check_paper_data() -> Iterator[Finding]:
+    from wris_lib.data.archives import data_status
+    from wris_lib.download import FETCH
+
+    found = data_status()
+    text = ", ".join(f"{dataset} {status}" for dataset, status in found.items())
+    if "ready" in found.values():
+        yield Finding("OK", "paper stack data", text)
+    else:
+        lacking = f"{text}, but the toy stack does without"
+        yield Finding("WARN", "paper stack data", lacking, f"{FETCH} --data {next(iter(found))}")
+
+
 CHECKS: dict[str, Check] = {
     "Python": check_python,
     "device": check_device,
@@ -241,6 +254,7 @@ CHECKS: dict[str, Check] = {
     "disk": check_disk,
     "cache": check_cache,
     "paper stack": check_paper_stack,
+    "paper stack data": check_paper_data,
 }
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from wris_lib.errors import WrisError
 
+MARGIN = 64 << 20  # bytes to leave free on the disk
 FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -45,6 +46,26 @@ def cache_dir() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     return folder
+
+
+def data_dir() -> Path:
+    """The folder for real datasets, which may not be there yet: `$WRIS_DATA`, or `data` in the cache."""
+    named = os.environ.get("WRIS_DATA")
+    return Path(named).expanduser() if named else cache_dir() / "data"
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Make sure that so many bytes fit on the disk of an existing folder.
+
+    Raises:
+        WrisError: they do not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + MARGIN:
+        raise WrisError(
+            f"{folder} has {free / 1e6:.0f} MB free, but {needed / 1e6:.0f} MB are still to come; make room there, or"
+            " set WRIS_CACHE (for datasets: WRIS_DATA) to another folder."
+        )
 
 
 @contextmanager

@@ -10,24 +10,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from wris_lib.backbones.download import DownloadError, download
+from wris_lib.download import FETCH, Remote, fetch_file
 from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write, cache_dir, sha256
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-FETCH = "python -m wris_lib fetch paper"
 REINSTALL = "install the library again, or train it with `python -m wris_lib pretrain`"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """One file of weights: packaged with the library, or, when it has `urls`, fetched into the cache."""
+class Checkpoint(Remote):
+    """One file of weights: packaged with the library, or, when it has `urls`, fetched into the cache.
 
-    file: str
-    sha256: str | None = None  # None: see `SHA256SUMS` beside the file, written when it is trained or fetched
-    urls: tuple[str, ...] = ()  # tried in this order
-    megabytes: int = 0
-    licence: str = ""
+    Where its `sha256` is None, `SHA256SUMS` beside the file has it, written when it is trained or fetched.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,38 +223,21 @@ def record_sha256(path: Path) -> None:
 def paper_status() -> dict[str, str]:
     """For each file of the paper stack: "ready", "missing", "damaged", "begun" (a fetch broke off) or "unchecked".
 
-    The last is a file put there by hand that has no published hash: `fetch_paper` compares it with its source.
+    The last is a file put there by hand that has no published hash: fetching it compares it with its source.
     """
     return {checkpoint.file: _status(checkpoint) for checkpoint in STACKS["paper"].checkpoints}
 
 
-def fetch_paper(ask: bool = True) -> None:
-    """Bring what is lacking of the paper stack into the cache, having said what that is.
-
-    Args:
-        ask: wait for a yes on the keyboard first.
+def fetch_checkpoint(checkpoint: Checkpoint) -> None:
+    """Bring a file of the paper stack into the cache, and record its hash if nobody has published one.
 
     Raises:
-        WrisError: no source of a file worked; the cache is read-only or full. What has arrived is kept.
+        WrisError: no source worked; the cache is read-only or full. What has arrived is kept.
     """
-    status = paper_status()
-    lacking = [c for c in STACKS["paper"].checkpoints if status[c.file] != "ready"]
-    folder = cache_dir() / "paper"
-    if not lacking:
-        print(f"The paper stack is complete in {folder}.")
-        return
-    print(f"To be fetched into {folder}:")
-    for checkpoint in lacking:
-        print(f"  {checkpoint.file}: about {checkpoint.megabytes} MB, {checkpoint.licence} licence")
-        print(f"    from {checkpoint.urls[0]}")
-        if status[checkpoint.file] == "unchecked":
-            print("    unless the file that is there turns out to be the same")
-    if ask and not _agreed("Fetch? [y/N] "):
-        print("Nothing was fetched.")
-        return
-    for checkpoint in lacking:
-        _fetch(checkpoint)
-    print(f"The paper stack is complete in {folder}.")
+    expected = _known_sha256(checkpoint)
+    fetch_file(checkpoint, _place(checkpoint), expected, FETCH)
+    if not expected:
+        record_sha256(_place(checkpoint))
 
 
 def _place(checkpoint: Checkpoint) -> Path:
@@ -284,29 +263,3 @@ def _status(checkpoint: Checkpoint) -> str:
             return "unchecked"
         return "ready" if sha256(path) == expected else "damaged"
     return "begun" if path.with_name(f"{path.name}.partial").exists() else "missing"
-
-
-def _fetch(checkpoint: Checkpoint) -> None:
-    """Try one source after the other, and record the hash of what came if none was known."""
-    expected, failures = _known_sha256(checkpoint), []
-    for url in checkpoint.urls:
-        try:
-            download(url, _place(checkpoint), expected)
-        except DownloadError as error:
-            failures.append(str(error))
-        else:
-            if not expected:
-                record_sha256(_place(checkpoint))
-            return
-    raise WrisError(
-        f"{checkpoint.file} could not be fetched: {'; '.join(failures)}; check the network and run `{FETCH}`"
-        f" again, or copy the file to {_place(checkpoint)} by hand."
-    )
-
-
-def _agreed(question: str) -> bool:
-    try:
-        return input(question).strip().lower() in {"y", "yes"}
-    except EOFError:  # nobody sits at the keyboard
-        print()
-        return False

@@ -1,15 +1,15 @@
 """What comes in: referring datasets, object-centric folders, the toy world, and single images.
 
 A split is named `dataset:split`, such as "toyref:val" or "refcoco:testA". Toy datasets are made in the cache on first
-use; real ones are looked for under `$WRIS_DATA`, by default the folder `data` in the cache.
+use; real ones are looked for under `$WRIS_DATA`, by default the folder `data` in the cache, where `fetch` puts them.
 """
 
-import os
 from pathlib import Path
 
 from wris_lib.data.refer import ReferEvaluation, ReferExpressions
+from wris_lib.download import FETCH
 from wris_lib.errors import WrisError
-from wris_lib.files import cache_dir
+from wris_lib.files import data_dir
 
 
 def load(spec: str) -> ReferEvaluation:
@@ -44,10 +44,10 @@ def _find(spec: str) -> tuple[Path, str, str]:
         raise WrisError(f"{spec!r} names no split; write dataset:split, such as toyref:val.")
     if dataset in toyworld.DATASETS:
         return toyworld.ensure(), dataset, split
-    root = Path(os.environ.get("WRIS_DATA") or cache_dir() / "data")
+    root = data_dir()
     if not (root / dataset).is_dir():
         raise WrisError(
-            f"there is no dataset {dataset!r} in {root}; the toy datasets are {', '.join(toyworld.DATASETS)}, and "
-            f"real ones belong into that folder or the one that WRIS_DATA names."
+            f"there is no dataset {dataset!r} in {root}; the toy datasets are {', '.join(toyworld.DATASETS)}, and real"
+            f" ones belong into that folder or the one that WRIS_DATA names, where `{FETCH} --data refcoco` puts them."
         )
     return root, dataset, split

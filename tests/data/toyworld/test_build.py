@@ -111,7 +111,11 @@ def test_load_makes_the_world_once_and_names_splits(world, monkeypatch, tmp_path
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("toyref", "dataset:split"), (":val", "dataset:split"), ("nothing:val", "there is no dataset 'nothing'")],
+    [
+        ("toyref", "dataset:split"),
+        (":val", "dataset:split"),
+        ("nothing:val", "there is no dataset 'nothing' .*fetch paper --data refcoco` puts them"),
+    ],
 )
 def test_names_of_splits_that_are_none(spec, message):
     with pytest.raises(WrisError, match=message):

@@ -1,8 +1,8 @@
-"""Fetch one large file over HTTP: resumed where it broke off, compared with its hash, whole or not there."""
+"""Fetch large files over HTTP: resumed where they broke off, compared with their hashes, whole or not there."""
 
 import base64
 import os
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,14 +14,54 @@ from tqdm.auto import tqdm
 from wris_lib import files
 from wris_lib.errors import WrisError
 
+FETCH = "python -m wris_lib fetch paper"  # the command that all downloads begin with
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of the answer
 PIECE = 1 << 16  # bytes; a broken connection costs at most one piece
-MARGIN = 64 << 20  # bytes to leave free on the disk
 ACCEPTED = (requests.codes.ok, requests.codes.partial_content, requests.codes.range_not_satisfiable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """A file that others publish."""
+
+    file: str
+    sha256: str | None = None  # None: nobody has published it
+    urls: tuple[str, ...] = ()  # tried in this order
+    megabytes: int = 0
+    licence: str = ""
+
+    @property
+    def amount(self) -> str:
+        """How much there is to download, in words."""
+        return f"about {self.megabytes} MB"
 
 
 class DownloadError(WrisError):
     """This source failed; another one may do better."""
+
+
+def fetch_file(remote: Remote, path: Path, sha256: str | None, command: str) -> None:
+    """Fetch a file into `path`, from the first of its sources that works.
+
+    Args:
+        sha256: what it must hash to, see `download`.
+        command: what to run again when the network is back.
+
+    Raises:
+        WrisError: no source worked; the folder is read-only or the disk is full. What has arrived is kept.
+    """
+    failures = []
+    for url in remote.urls:
+        try:
+            download(url, path, sha256)
+        except DownloadError as error:
+            failures.append(str(error))
+        else:
+            return
+    raise WrisError(
+        f"{remote.file} could not be fetched: {'; '.join(failures)}; check the network and run `{command}` again, or"
+        f" copy the file to {path} by hand."
+    )
 
 
 def download(url: str, path: Path, sha256: str | None) -> None:
@@ -97,7 +137,7 @@ def _transfer(url: str, partial: Path) -> None:
             done = 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
-        _check_room(partial.parent, int(length or 0))
+        files.check_room(partial.parent, int(length or 0))
         with (
             open(partial, "ab" if done else "wb") as file,
             tqdm(desc=partial.stem, total=total, initial=done, unit="B", unit_scale=True) as bar,
@@ -112,12 +152,3 @@ def _transfer(url: str, partial: Path) -> None:
             if not complete:
                 arrived = f"{file.tell() / 1e6:.1f} MB"
                 raise DownloadError(f"the transfer from {host} broke off after {arrived}, which are kept")
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + MARGIN:
-        raise WrisError(
-            f"{folder} has {free / 1e6:.0f} MB free, but {needed / 1e6:.0f} MB are still to come; make room"
-            " there, or set WRIS_CACHE to another folder."
-        )
