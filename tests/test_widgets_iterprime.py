@@ -219,9 +219,9 @@ def test_what_is_drawn(lab):
     looks = lab.refined.passes
     assert [each.kept for each in looks[:2]] == [True, True]
     drawn = titles(lab)
-    assert drawn[0] == f"first look ITM 0.90, S {looks[0].score:.2f}, kept"
+    assert drawn[0] == f"first look ITM 0.900, S {looks[0].score:.3f}, kept"
     share = (~looks[1].visible).float().mean()
-    assert drawn[1] == f"pass 1, {share:.0%} hidden ITM 0.90, S {looks[1].score:.2f}, kept"
+    assert drawn[1] == f"pass 1, {share:.1%} hidden ITM 0.900, S {looks[1].score:.3f}, kept"
     assert drawn[-2] == "average primary word: dog"
     assert drawn[-1] == f"mask score {lab.choice.scores[0]:.2f}"
     axes = lab.render().figure.axes
@@ -243,8 +243,8 @@ def test_below_it_says_what_became_of_each_look(method):
     assert not second.kept and torch.equal(lab.refined.response_map, first.average)
     share = (~second.visible).float().mean()
     said = lab._message.value
-    assert f"First look: ITM 0.90, S {first.score:.2f}, kept. Pass 1, {share:.0%} hidden: ITM 0.10, S " in said
-    assert f"S {second.score:.2f}, rejected. The mask is proposal 1 of 4.</span>" in said
+    assert f"First look: ITM 0.900, S {first.score:.3f}, kept. Pass 1, {share:.1%} hidden: ITM 0.100, S " in said
+    assert f"S {second.score:.3f}, rejected. The mask is proposal 1 of 4.</span>" in said
 
 
 def test_it_says_when_no_proposal_holds_the_peak(method):

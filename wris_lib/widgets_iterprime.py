@@ -307,8 +307,8 @@ def _names(parse: Parse) -> dict[str, Word | None]:
 
 
 def _name(number: int, look: Pass) -> str:
-    return f"pass {number}, {(~look.visible).float().mean():.0%} hidden" if number else "first look"
+    return f"pass {number}, {(~look.visible).float().mean():.1%} hidden" if number else "first look"
 
 
 def _verdict(look: Pass) -> str:
-    return f"ITM {look.probability:.2f}, S {look.score:.2f}, {'kept' if look.kept else 'rejected'}"
+    return f"ITM {look.probability:.3f}, S {look.score:.3f}, {'kept' if look.kept else 'rejected'}"
