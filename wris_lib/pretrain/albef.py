@@ -375,7 +375,9 @@ third with up to seven. No boxes, no masks. {HELD_OUT} more of the last kind are
 other sentences each, from
 easy to hard; contrastive loss, matching of sentences and of words, hidden words to be guessed; \
 {100 * GUESSED:.0f} % of the words are hidden,
-{100 * SHOWN:.0f} % of the patches shown. The image encoder begins as the first blocks of the toy CLIP's. AdamW, \
+{100 * SHOWN:.0f} % of the patches shown. In the second half only the head noun is judged besides the sentence, and in \
+two thirds of the
+sentences nothing else looks at the image. The image encoder begins as the first blocks of the toy CLIP's. AdamW, \
 learning rate
 {recipe.learning_rate:g} with a cosine after a warm-up, weight decay {recipe.weight_decay:g}, {recipe.precision}.
 
