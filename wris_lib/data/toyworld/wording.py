@@ -77,10 +77,10 @@ def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that an expression or a caption can contain, in alphabetical order."""
-    words = {*COLORS, *HAIR, *PATTERNS, *GROUPS, "a", "an", "the", "in", "with", "and", "of", "photo", "picture"}
+    words = {*COLORS, *HAIR, *PATTERNS, *nouns(), "a", "an", "the", "in", "with", "and", "of", "photo", "picture"}
     words |= {"standing", "two", "three", "many", "there", "is", "corner"}
     for category, of_category in drawings().items():
-        words |= set(nouns_of(category)) | {plural(category)}
+        words.add(plural(category))
         words |= {paint for drawing in of_category for paint in drawing.paints}
     words |= set(supercategories())
     for table in (_POSITION_WORDS, _RELATION_WORDS, _SIZE_WORDS):
