@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     learned.add_argument("method", choices=["ppt", "tris", "pcnet"])
     learned.add_argument("--data", metavar="SPLIT", help="sentences (toyref:train, for pcnet also toyrefg:train)")
     learned.add_argument("--objects", type=Path, metavar="FOLDER", help="ppt: object-centric pictures (ToyObjects)")
-    learned.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (as in the model card)")
+    learned.add_argument("--steps", type=positive, metavar="N", help="optimiser steps (the usual number)")
     learned.add_argument("--seed", type=natural, help="of all that is drawn (0); of a study only this one")
     learned.add_argument("--folder", type=Path, help="where checkpoints are kept (in the cache)")
     learned.add_argument("--stack", help=STACK_HELP)

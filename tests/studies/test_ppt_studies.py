@@ -420,8 +420,8 @@ def test_the_ablations_trainings(fake, baseline, tmp_path):
     studies.ablation(steps=50, seeds=(0, 1), folder=tmp_path)
     assert len(fake.done) == 12
     studies.ablation(seeds=(0,), folder=tmp_path)
-    assert fake.done[-1].training == Training() and len(fake.done) == 18
-    assert json.loads((tmp_path / "ppt_ablation.json").read_text())["steps"] == Training().steps
+    assert fake.done[-1].training == Training(steps=studies.STEPS) and len(fake.done) == 18
+    assert json.loads((tmp_path / "ppt_ablation.json").read_text())["steps"] == studies.STEPS < Training().steps
 
 
 def test_the_study(fake, tmp_path):

@@ -46,6 +46,7 @@ from wris_lib.report import RESULTS
 from wris_lib.studies.common import LIMIT, SEEDS, do_all, join, row, write
 from wris_lib.train import move
 
+STEPS = 4000  # of a training: half as many as the shipped weights had, for there are many
 PAPERS_WAY = 200  # images whose candidates are also made as in the paper
 BASELINE = "1 CLIP + SAM"
 OTHER_SPLITS = ("toyref+:val", "toyrefg:val")
@@ -136,7 +137,7 @@ def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Pat
     Writes `ppt_ablation.json`; other seeds that are in it already stay, see `join`.
 
     Args:
-        steps: of a training; None: the usual number.
+        steps: of a training; None: `STEPS`.
         seeds: of the trainings.
         folder: where the result goes.
     """
@@ -192,7 +193,7 @@ def _recipe(runs: Iterable[Run]) -> list[str]:
 
 
 def _training(steps: int | None, seed: int) -> Training:
-    return Training(seed=seed) if steps is None else Training(steps=steps, seed=seed)
+    return Training(steps=steps or STEPS, seed=seed)
 
 
 def pseudo_labels(folder: Path = RESULTS) -> None:
