@@ -8,12 +8,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests import fake_benchmark
 from tests.fake_benchmark import IMAGES, Fake
-from wris_lib import benchmark, contestants, report
+from wris_lib import benchmark, contestants, questions, report
 from wris_lib.contestants import predictor
 from wris_lib.errors import WrisError
 
@@ -148,7 +149,7 @@ def test_weights_that_a_row_does_not_use_are_not_its_business(split):
 
 def test_what_is_no_row_is_measured_alike_and_not_kept(split, tmp_path):
     items, predict = fake_benchmark.read_split(split / "fake_val").items, predictor(Fake(wide=False))
-    every, some = benchmark.measure(predict, items), benchmark.measure(predict, items, limit=7, seed=1)
+    every, some = questions.measure(predict, items), questions.measure(predict, items, limit=7, seed=1)
     assert Fake.calls == IMAGES + 3
     assert list((tmp_path / "cache").rglob("*.jsonl")) == []
     assert every == benchmark.records("fake bright", "fake:val")
@@ -261,7 +262,7 @@ def test_the_oracle_gets_the_true_box(split, monkeypatch):
             return boxes
 
         def best_mask(self, image, boxes):
-            masks = benchmark.np.zeros((len(boxes), 24, 32), bool)
+            masks = np.zeros((len(boxes), 24, 32), bool)
             for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
                 mask[y0:y1, x0:x1] = True
             return masks

@@ -7,7 +7,8 @@ The unit of work is an image with all its expressions, which share one embedding
 exactly the work of an uninterrupted one, and gets exactly its figures. Started in several processes, by accelerate or
 by hand, a command's rows and splits are divided among them.
 
-Who takes part is in `wris_lib.contestants`, what they cost in `wris_lib.cost`. What becomes of the records is in
+Who takes part is in `wris_lib.contestants`, what they are asked in `wris_lib.questions`, what they cost in
+`wris_lib.cost`. What becomes of the records is in
 `wris_lib.evaluate` (figures), `wris_lib.report` (results, table, picture) and `wris_lib.page` (a page with examples).
 """
 
@@ -19,24 +20,21 @@ import platform
 import re
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 import wris_lib
-from wris_lib import cost, data, evaluate, page, report
+from wris_lib import cost, data, evaluate, page, questions, report
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.features import PACKAGES
-from wris_lib.contestants import Contestant, Predict, contestants, everyone
-from wris_lib.data.coco import encode_mask
-from wris_lib.data.images import load_image
+from wris_lib.contestants import Contestant, contestants, everyone
 from wris_lib.data.refer import EvaluationItem
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import Record
@@ -174,27 +172,6 @@ def records(name: str, spec: str, limit: int | None = None, seed: int = 0, stack
     return records_of(rows[0], spec, data.load(spec).items, limit, seed, stack)
 
 
-def measure(predict: Predict, items: Sequence[EvaluationItem], limit: int | None = None, seed: int = 0) -> list[Record]:
-    """Records of something that is no row of the benchmark, such as a generator in training; they are not kept.
-
-    Args:
-        predict: see `predictor`.
-        items: of a split.
-        limit: see `records`.
-        seed: see `records`.
-    """
-    chosen = _draw(list(_by_image(items).values()), limit, seed)
-    return [record for indices in chosen for record in _measure(predict, {index: items[index] for index in indices})]
-
-
-def _by_image(items: Sequence[EvaluationItem]) -> dict[Path, list[int]]:
-    """The numbers of each image's items."""
-    images: dict[Path, list[int]] = {}
-    for index, item in enumerate(items):
-        images.setdefault(item.image_path, []).append(index)
-    return images
-
-
 def records_of(
     row: Contestant,
     spec: str,
@@ -219,8 +196,7 @@ def records_of(
         WrisError: see `records`.
         Timeout: another process is still at it.
     """
-    chosen = _draw(list(_by_image(items).values()), limit, seed)
-
+    chosen = questions.draw(items, limit, seed)
     path = cache_dir() / "benchmark" / f"{_slug(row.name)}-{_slug(spec)}-{_key(row, stack, items)}.jsonl"
     with readable_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
@@ -233,38 +209,11 @@ def records_of(
             predict = row.load(stack)
             with tqdm(desc=f"{row.name}, {spec}", total=total, initial=done, unit=" expressions") as bar:
                 for indices in missing:
-                    fresh = list(_measure(predict, {index: items[index] for index in indices}))
+                    fresh = list(questions.ask(predict, {index: items[index] for index in indices}))
                     _append(path, fresh)
                     found.update((record["item"], record) for record in fresh)
                     bar.update(len(fresh))
     return [found[index] for index in sorted(index for indices in chosen for index in indices)]
-
-
-def _draw(images: list[list[int]], limit: int | None, seed: int) -> list[list[int]]:
-    """Images in random order until their expressions are enough."""
-    if limit is None:
-        return images
-    if limit < 1:
-        raise WrisError(f"the limit is {limit}, but at least one expression is needed.")
-    order = np.random.default_rng(seed).permutation(len(images))
-    lengths = np.cumsum([len(images[index]) for index in order])
-    return [images[index] for index in order[: np.searchsorted(lengths, limit) + 1]]
-
-
-def _measure(predict: Predict, items: dict[int, EvaluationItem]) -> Iterator[Record]:
-    """The records of one image's expressions."""
-    path = next(iter(items.values())).image_path
-    image = load_image(path)
-    answers = predict(image, list(items.values()))
-    for (index, item), (mask, response_map) in zip(items.items(), answers, strict=True):
-        if (size := item.mask.shape) != mask.shape:
-            raise WrisError(
-                f"{path} has {image.width}×{image.height} pixels, but its masks have {size[1]}×{size[0]}; use the"
-                " images that belong to the dataset."
-            )
-        about = {"item": index, "image": item.image_id, "expression": item.expression, "kind": item.kind}
-        about |= {"twins": item.twins, "mask": encode_mask(mask)}
-        yield about | evaluate.score(mask, item.mask, item.others, response_map)
 
 
 def _append(path: Path, records: list[Record]) -> None:
@@ -289,7 +238,7 @@ def _read(path: Path) -> list[Record]:
 def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
     """Hash of all that a record depends on."""
     package = Path(wris_lib.__file__).parent
-    code = [package / "benchmark.py", package / "contestants.py", package / "evaluate.py"]
+    code = [package / "benchmark.py", package / "contestants.py", package / "evaluate.py", package / "questions.py"]
     code += [*(package / "backbones").glob("*.py"), *(package / "data").glob("*.py")]
     if row.method:
         code += Path(inspect.getfile(get_method(row.method))).parent.glob("*.py")

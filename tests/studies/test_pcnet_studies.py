@@ -14,7 +14,7 @@ from tests.methods.test_pcnet_method import Asked, module
 from tests.methods.test_pcnet_training import Nobody, pairs
 from tests.methods.test_ppt_training import picture
 from tests.studies.test_ppt_studies import check_form, record
-from wris_lib import benchmark
+from wris_lib import questions
 from wris_lib.contestants import predictor
 from wris_lib.data.refer import EvaluationItem
 from wris_lib.files import sha256, write_json
@@ -79,9 +79,9 @@ def test_other_code_or_measurements_make_another_folder(monkeypatch, name, value
     assert RUN.folder != before
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "benchmark", "backbones/clip", "methods/pcnet/loss"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "questions", "backbones/clip", "methods/pcnet/loss"])
 def test_code_that_a_figure_depends_on(name):
-    assert sha256(Path(benchmark.__file__).parent / f"{name}.py") in studies.CODE
+    assert sha256(Path(questions.__file__).parent / f"{name}.py") in studies.CODE
 
 
 def test_what_is_measured_does_not_move_a_run():
@@ -139,7 +139,7 @@ def test_it_is_measured_as_the_benchmark_would(clip, segmenter, tmp_path, monkey
     found = runner.measure(crm, LONG)
     for mask in MASKS:
         method = PcNet(clip, segmenter, crm, runner.llm, runner.parser, mask)
-        expected = benchmark.measure(predictor(method), items)
+        expected = questions.measure(predictor(method), items)
         assert len(found[mask]) == len(expected) == 3
         assert over_seeds([found[mask]]).keys() == over_seeds([expected]).keys()
         for ours, direct in zip(found[mask], expected, strict=True):

@@ -16,7 +16,7 @@ from filelock import FileLock
 from tests.backbones import test_clip
 from tests.methods import test_ppt_training
 from tests.methods.test_ppt_training import CONFIG, HALF, PARTS
-from wris_lib import ablation_figure, benchmark
+from wris_lib import ablation_figure, benchmark, questions
 from wris_lib.backbones.feature_store import Rows, open_features
 from wris_lib.backbones.features import clip_patches, clip_words, sam_embeddings, texts
 from wris_lib.data.objects import ObjectImage
@@ -155,7 +155,7 @@ def test_another_parser_makes_another_folder(weights):
     assert RUN.folder != before
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "benchmark", "backbones.sam", "methods.clip_sam.__init__"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "questions", "backbones.sam", "methods.clip_sam.__init__"])
 def test_code_elsewhere_that_a_figure_depends_on(module):
     path = Path(benchmark.__file__).parent / f"{module.replace('.', '/')}.py"
     assert sha256(path) in studies.CODE
@@ -188,7 +188,7 @@ def runner(weights, clip, segmenter, data, monkeypatch) -> Runner:
     monkeypatch.setattr(studies.data, "load", lambda split: SimpleNamespace(items=[split]))
     monkeypatch.setattr(studies, "predictor", lambda method: method.generator)
     monkeypatch.setattr(
-        benchmark, "measure", lambda generator, items, limit: [*items, limit, fingerprint(generator.state_dict())]
+        questions, "measure", lambda generator, items, limit: [*items, limit, fingerprint(generator.state_dict())]
     )
     return runner
 
@@ -216,7 +216,7 @@ def test_it_is_measured_where_a_stage_ends(runner, monkeypatch):
         (3, "toyrefg:val"): ["toyrefg:val", 1000, behind(run, 4)],
     }
     assert len({behind(run, number) for number in (1, 2, 3, 4)}) == 4  # it went on learning behind a measurement
-    monkeypatch.setattr(benchmark, "measure", None)
+    monkeypatch.setattr(questions, "measure", None)
     runner.do(run)  # nothing is measured twice
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from wris_lib import benchmark, data, evaluate
+from wris_lib import data, evaluate, questions
 from wris_lib import train as loop
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.clip import load_clip
@@ -52,7 +52,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "IaD of peaks": ({}, NO_RAS | {"as_written": True}),
     "weights of 1": ({}, {"region_shrinking": PAPERS_WEIGHT, "disambiguation": PAPERS_WEIGHT}),
 }
-_ELSEWHERE = (*CLIP_CODE, *SAM_CODE, benchmark.__file__, evaluate.__file__, loop.__file__)
+_ELSEWHERE = (*CLIP_CODE, *SAM_CODE, questions.__file__, evaluate.__file__, loop.__file__)
 CODE = [sha256(path) for path in sorted({*Path(pcnet.__file__).parent.glob("*.py"), *map(Path, _ELSEWHERE)})]
 
 
@@ -127,7 +127,7 @@ class Runner:
                 of_maps.append(about | {"twins": item.twins} | of_map)
             return [(answer.mask, answer.response_map) for answer in answers]
 
-        return {"sam": benchmark.measure(predict, items, LIMIT), "map": of_maps}
+        return {"sam": questions.measure(predict, items, LIMIT), "map": of_maps}
 
 
 def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:

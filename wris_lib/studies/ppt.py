@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from wris_lib import benchmark, data, evaluate
+from wris_lib import benchmark, data, evaluate, questions
 from wris_lib import train as loop
 from wris_lib.ablation_figure import FULL
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
@@ -76,7 +76,7 @@ STUDIED = {
 
 
 # As it was when this process began: two processes that share the work must agree.
-_ELSEWHERE = (*datasets.CODE, benchmark.__file__, evaluate.__file__, loop.__file__)
+_ELSEWHERE = (*datasets.CODE, questions.__file__, evaluate.__file__, loop.__file__)
 CODE = [sha256(path) for path in sorted({*Path(ppt.__file__).parent.glob("*.py"), *map(Path, _ELSEWHERE)})]
 
 
@@ -128,7 +128,7 @@ class Runner:
                     path = run.records(stage, split)
                     if not path.exists():
                         method = Ppt(self.clip, self.segmenter, copy.deepcopy(generator))
-                        write_json(path, benchmark.measure(predictor(method), data.load(split).items, LIMIT))
+                        write_json(path, questions.measure(predictor(method), data.load(split).items, LIMIT))
 
 
 def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
