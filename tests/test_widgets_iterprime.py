@@ -10,7 +10,8 @@ from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
 from wris_lib import widgets_iterprime
-from wris_lib.backbones.itm import EncodedImages, EncodedTexts, Match, Matcher
+from wris_lib.backbones.itm import EncodedTexts, Match, Matcher
+from wris_lib.backbones.itm_models import EncodedImages
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.proposals import Proposer
 from wris_lib.errors import WrisError

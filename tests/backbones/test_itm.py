@@ -12,7 +12,8 @@ from torch import nn
 from transformers import BlipConfig, BlipForImageTextRetrieval
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 
-from wris_lib.backbones.itm import Albef, AlbefSize, Blip, Matcher, albef_matcher, as_lavis, load_blip, load_matcher
+from wris_lib.backbones.itm import Matcher, albef_matcher, as_lavis, load_blip, load_matcher
+from wris_lib.backbones.itm_models import Albef, AlbefSize, Blip
 from wris_lib.data.toyworld.pretraining import statements
 from wris_lib.data.toyworld.scenes import sample_scene
 from wris_lib.errors import WrisError
@@ -295,7 +296,7 @@ def test_the_authors_checkpoint_becomes_lavis(matcher, vocabulary, pixels):
 
 def test_pictures_that_are_cut_short_are_still_noticed_after_lavis_is_imported():
     code = (
-        "from PIL import ImageFile; from wris_lib.backbones.itm import SIZES, Albef; Albef(SIZES['toy']);"
+        "from PIL import ImageFile; from wris_lib.backbones.itm_models import SIZES, Albef; Albef(SIZES['toy']);"
         "import sys; print('lavis' in sys.modules, ImageFile.LOAD_TRUNCATED_IMAGES)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from wris_lib.backbones.checkpoints import STACKS, checkpoint_path
 from wris_lib.backbones.clip import Clip, load_clip
-from wris_lib.backbones.itm import SIZES, Albef, load_matcher
+from wris_lib.backbones.itm import load_matcher
+from wris_lib.backbones.itm_models import SIZES, Albef
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.loading import load_weights
 from wris_lib.backbones.proposals import SETTINGS, Proposer

@@ -13,7 +13,8 @@ from tests.methods.test_iterprime_gradcam import slow_aggregate
 from tests.methods.test_iterprime_igrs import slow_sharpened, stretch
 from tests.methods.test_iterprime_selection import box
 from tests.methods.test_iterprime_words import parse_of, slow_pieces
-from wris_lib.backbones.itm import Albef, Matcher, albef_matcher
+from wris_lib.backbones.itm import Matcher, albef_matcher
+from wris_lib.backbones.itm_models import Albef
 from wris_lib.backbones.language import Parser, load_parser
 from wris_lib.backbones.proposals import SETTINGS, Proposer
 from wris_lib.errors import WrisError

@@ -10,7 +10,8 @@ from transformers import BertTokenizerFast
 
 from wris_lib.backbones import checkpoints
 from wris_lib.backbones.clip import load_clip
-from wris_lib.backbones.itm import SIZES, Albef, load_matcher
+from wris_lib.backbones.itm import load_matcher
+from wris_lib.backbones.itm_models import SIZES, Albef
 from wris_lib.data.toyworld import grammar, pretraining, wording
 from wris_lib.data.toyworld.pretraining import Pool, deny, statements
 from wris_lib.data.toyworld.scenes import sample_scene

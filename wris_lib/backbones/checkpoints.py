@@ -47,7 +47,7 @@ class SamCheckpoint(Checkpoint):
 class ItmCheckpoint(Checkpoint):
     """Weights of an image-text matching model."""
 
-    size: str  # key of `itm.SIZES`
+    size: str  # key of `itm_models.SIZES`
     layer: int  # text layer, from 0, whose cross-attention is read
     vocabulary: Checkpoint  # WordPiece, one token a line
 

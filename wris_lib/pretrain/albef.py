@@ -37,7 +37,7 @@ from transformers import BertTokenizerFast
 
 from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_sha256
 from wris_lib.backbones.clip import Clip, load_clip, normalise, resize_positions
-from wris_lib.backbones.itm import SIZES, Albef
+from wris_lib.backbones.itm_models import SIZES, Albef
 from wris_lib.data.toyworld import wording
 from wris_lib.data.toyworld.pretraining import POOLS, Pool, pool
 from wris_lib.files import atomic_write, cache_dir

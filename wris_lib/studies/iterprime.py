@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from wris_lib import data, evaluate
-from wris_lib.backbones.itm import SIZES, Albef, Matcher, albef_matcher, load_matcher
+from wris_lib.backbones.itm import Matcher, albef_matcher, load_matcher
+from wris_lib.backbones.itm_models import SIZES, Albef
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.proposals import SETTINGS, Proposer
 from wris_lib.backbones.sam import load_sam

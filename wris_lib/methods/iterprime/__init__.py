@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from wris_lib.backbones.itm import EncodedImages, Matcher, load_matcher
+from wris_lib.backbones.itm import Matcher, load_matcher
+from wris_lib.backbones.itm_models import EncodedImages
 from wris_lib.backbones.language import Parser, Word, load_parser
 from wris_lib.backbones.proposals import SETTINGS, Proposer, not_empty
 from wris_lib.backbones.sam import load_sam
