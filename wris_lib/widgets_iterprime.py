@@ -94,6 +94,10 @@ class RefinementLab(Lab):
         self.method = method or load_method("iterprime")
         self._matcher = _remembering(self.method.matcher, self.image)
         self.proposals = not_empty(self.method.propose(self.image))
+        if not len(self.proposals):
+            raise WrisError(
+                "SAM proposes nothing in this image, so there is nothing to choose from; try another image."
+            )
         self.view = self._build()
         parse = self._parse(sentence)
         layer = self._matcher.layer if self.method.layer is None else self.method.layer

@@ -341,11 +341,13 @@ def test_proposals_are_asked_for_once(build):
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_without_proposals_there_is_nothing_to_choose_from(build, count):
-    """Empty masks are none."""
-    method = build(np.zeros((count, 40, 50), dtype=bool))
-    with pytest.raises(WrisError, match="SAM proposes nothing in this image, so there is nothing to choose from"):
-        method.predict(picture(0), ["dog"])
+def test_without_proposals_the_mask_is_empty(build, count):
+    """Empty masks are none. What the model has seen is told all the same."""
+    nothing, quartered = build(np.zeros((count, 40, 50), dtype=bool)), build()
+    (found,), (usual,) = (method.predict(picture(0), ["dog"]) for method in (nothing, quartered))
+    assert found.mask.shape == (40, 50) and not found.mask.any()
+    assert found.trace[-1].note == "SAM proposes nothing in this image" and found.trace[-1].masks is None
+    assert np.array_equal(found.response_map, usual.response_map) and np.array_equal(found.points, usual.points)
 
 
 def test_an_empty_proposal_is_passed_over(build):

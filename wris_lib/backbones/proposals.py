@@ -21,7 +21,6 @@ from PIL import Image
 
 from wris_lib.backbones.features import SAM_CODE, fingerprint
 from wris_lib.backbones.sam import Segmenter
-from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write, cache_dir
 
 # Of `Segmenter.proposals`, by stack: the toy SAM's are its defaults, the paper's those that SAM's authors advise.
@@ -36,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 INSIDE = 0.8  # share of a proposal's pixels that lie in a larger one, from which on it counts as a part of that
 LARGEST = 0.5  # of the image; larger proposals are ground, and nothing is a part of them
+NO_PROPOSALS = "SAM proposes nothing in this image"
 
 
 class Proposer:
@@ -88,15 +88,8 @@ def whole_things(masks: Bool[np.ndarray, "p H W"]) -> Bool[np.ndarray, "k H W"]:
 
 
 def not_empty(masks: Bool[np.ndarray, "p H W"]) -> Bool[np.ndarray, "k H W"]:
-    """Masks among which one can choose.
-
-    Raises:
-        WrisError: there are none.
-    """
-    masks = masks[masks.any(axis=(1, 2))]
-    if not len(masks):
-        raise WrisError("SAM proposes nothing in this image, so there is nothing to choose from; try another image.")
-    return masks
+    """Masks among which one can choose; there may be none."""
+    return masks[masks.any(axis=(1, 2))]
 
 
 def _read(path: Path) -> Bool[np.ndarray, "p H W"] | None:

@@ -22,11 +22,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.language import Parser, load_parser
-from wris_lib.backbones.proposals import SETTINGS, Proposer, not_empty
+from wris_lib.backbones.proposals import NO_PROPOSALS, SETTINGS, Proposer, not_empty
 from wris_lib.backbones.sam import load_sam
 from wris_lib.methods import Method, Prediction, Stage
 from wris_lib.methods.clip_sam import scale
 
+NO_POINTS = np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=int)
 GLOBAL_IMAGE, GLOBAL_TEXT = 0.85, 0.5  # shares of the global sides, as in GL-CLIP's paper for ViT
 
 
@@ -65,12 +66,12 @@ class ClipProposals(Method):
     def answer(
         self, image: Image.Image, expressions: list[str], proposals: Bool[np.ndarray, "p H W"]
     ) -> list[Prediction]:
-        """`predict` with given proposals.
-
-        Raises:
-            WrisError: there are no proposals.
-        """
+        """`predict` with given proposals; where there are none, the mask is empty."""
         proposals = not_empty(proposals)
+        if not len(proposals):
+            nothing = np.zeros((image.height, image.width), dtype=bool)
+            stage = Stage("proposals", NO_PROPOSALS)
+            return [Prediction(nothing, nothing.astype(np.float32), *NO_POINTS, 0.0, [stage]) for _ in expressions]
         scores = (self.texts(expressions) @ self.images(image, proposals).T).float().cpu().numpy()
         return [_choose(proposals, each) for each in scores]
 
@@ -185,5 +186,4 @@ def _choose(proposals: Bool[np.ndarray, "p H W"], scores: Float[np.ndarray, "p"]
     levels[best] = 1  # also where there is no other
     painted = np.where(proposals, levels[:, None, None], 0).max(axis=0).astype(np.float32)
     trace = [Stage("proposals", f"number {best + 1} fits best", masks=proposals, scores=scores)]
-    nothing = np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=int)
-    return Prediction(proposals[best], painted, *nothing, float(scores[best]), trace)
+    return Prediction(proposals[best], painted, *NO_POINTS, float(scores[best]), trace)

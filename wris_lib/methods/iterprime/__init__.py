@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from wris_lib.backbones.itm import Matcher, load_matcher
 from wris_lib.backbones.itm_models import EncodedImages
 from wris_lib.backbones.language import Parser, Word, load_parser
-from wris_lib.backbones.proposals import SETTINGS, Proposer, not_empty
+from wris_lib.backbones.proposals import NO_PROPOSALS, SETTINGS, Proposer, not_empty
 from wris_lib.backbones.sam import load_sam
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import peak
@@ -116,10 +116,10 @@ class IterPrime(Method):
     def answer(
         self, image: Image.Image, expressions: list[str], proposals: Bool[np.ndarray, "p H W"]
     ) -> list[Prediction]:
-        """`predict` with given proposals.
+        """`predict` with given proposals; where there are none, the mask is empty.
 
         Raises:
-            WrisError: there are no proposals, or they are not of the image's size; the layer has no cross-attention.
+            WrisError: the proposals are not of the image's size; the layer has no cross-attention.
         """
         proposals = not_empty(proposals)
         return [self._select(image, refined, proposals) for refined in self.look(image, expressions)]
@@ -171,17 +171,21 @@ class IterPrime(Method):
     def _select(self, image: Image.Image, refined: Refined, proposals: Bool[np.ndarray, "p H W"]) -> Prediction:
         grid = self.matcher.grid
         response_map = upsample(refined.response_map.unflatten(0, grid), (image.height, image.width))
-        choice = choose(response_map, proposals)
         trace = []
         for number, each in enumerate(refined.passes):
             note = f"ITM {each.probability:.3f}, S {each.score:.3f}, {'kept' if each.kept else 'rejected'}"
             coarse = each.response_map.unflatten(0, grid).cpu().numpy()
             trace.append(Stage(f"pass {number}" if number else "first look", note, response_map=coarse))
-        note = f"number {choice.index + 1} fits best"
-        if choice.fell_back:
-            note += " of all; none holds the peak without lying scattered"
-        trace.append(Stage("proposals", note, masks=proposals, scores=choice.scores))
+        if len(proposals):
+            choice = choose(response_map, proposals)
+            mask, note = proposals[choice.index], f"number {choice.index + 1} fits best"
+            if choice.fell_back:
+                note += " of all; none holds the peak without lying scattered"
+            trace.append(Stage("proposals", note, masks=proposals, scores=choice.scores))
+        else:
+            mask = np.zeros((image.height, image.width), dtype=bool)
+            trace.append(Stage("proposals", NO_PROPOSALS))
         x, y = peak(response_map)
         points, labels = np.array([[x + 0.5, y + 0.5]], dtype=np.float32), np.ones(1, dtype=int)
         score = refined.passes[0].probability
-        return Prediction(proposals[choice.index], response_map, points, labels, score, trace)
+        return Prediction(mask, response_map, points, labels, score, trace)
