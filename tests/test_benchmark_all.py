@@ -10,7 +10,7 @@ from filelock import Timeout
 
 from tests import fake_benchmark
 from tests.fake_benchmark import IMAGES, Fake
-from wris_lib import benchmark, contestants, report
+from wris_lib import answers, benchmark, contestants, report
 from wris_lib.errors import WrisError
 
 
@@ -94,9 +94,13 @@ def test_everyone_with_costs(split, tmp_path, monkeypatch):
     kinds = found["rows"][0]["kinds"]
     assert float(cells["Position"].split()[0]) == pytest.approx(kinds["Position"]["metrics"]["mIoU"]["mean"], abs=0.06)
     assert "ppt is left out" in (tmp_path / "page.html").read_text()
+    spec, shipped = answers.read(tmp_path / "out.answers.json.gz")
+    assert spec == "fake:val" and list(shipped) == ["fake bright", "fake wide"]
+    assert shipped["fake wide"] == benchmark.records("fake wide", "fake:val", limit=5)
 
     # A row whose cost nobody measured has gaps; costs of before stay.
     again = benchmark.run(["fake wide"], ["fake:testA"], "out", folder=tmp_path)
+    assert answers.read(tmp_path / "out.answers.json.gz")[0] == "fake:val"
     assert again["costs"] == found["costs"] and "left_out" not in again["made"]
     del again["costs"]["fake wide"]
     assert report.table(again).splitlines()[-1].endswith("|  – |   – |       – |           – |")

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 import wris_lib
-from wris_lib import cost, data, evaluate, page, questions, report
+from wris_lib import answers, cost, data, evaluate, page, questions, report
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.features import PACKAGES
 from wris_lib.contestants import Contestant, contestants, everyone
@@ -67,8 +67,8 @@ def run(
     Rows that the file already has, of other methods or other data, stay.
 
     Args:
-        methods: names as `contestants` takes them. None: everyone that the stack has the models for, and what each of
-            them costs, too; a warning names the others.
+        methods: names as `contestants` takes them. None: everyone that the stack has the models for, a warning names
+            the others; then also what each of them costs, and all answers to the first split (`wris_lib.answers`).
         data_specs: splits, such as "toyref:val".
         name: of the files.
         limit: see `records`.
@@ -105,6 +105,10 @@ def run(
     costs = cost.measure(wanted, data_specs[0], splits[data_specs[0]], seed, stack) if methods is None else {}
     rows = [_row(row, spec, records, seed) for (row, spec), records in found.items()]
     results = report.write(Path(folder) / f"{name}.json", made, rows, costs)
+    if methods is None:
+        first = data_specs[0]
+        of_first = {row: records for (row, spec), records in found.items() if spec == first}
+        answers.write(Path(folder) / f"{name}{answers.SUFFIX}", first, of_first)
     if html is not None:
         page.write(html, results, found, splits, seed)
     return results

@@ -22,7 +22,6 @@ from PIL import Image
 
 from wris_lib.backbones.itm import Matcher
 from wris_lib.backbones.language import NOUNS, Parse, Word
-from wris_lib.backbones.proposals import not_empty
 from wris_lib.data.images import check_expression, load_image
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import peak
@@ -93,7 +92,8 @@ class RefinementLab(Lab):
         self.image = load_image(image)
         self.method = method or load_method("iterprime")
         self._matcher = _remembering(self.method.matcher, self.image)
-        self.proposals = not_empty(self.method.propose(self.image))
+        proposals = self.method.propose(self.image)
+        self.proposals = proposals[proposals.any(axis=(1, 2))]
         if not len(self.proposals):
             raise WrisError(
                 "SAM proposes nothing in this image, so there is nothing to choose from; try another image."

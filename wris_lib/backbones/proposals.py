@@ -10,6 +10,7 @@ among the same ones, and only the first of them waits.
 
 import hashlib
 import json
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,11 @@ def whole_things(masks: Bool[np.ndarray, "p H W"]) -> Bool[np.ndarray, "k H W"]:
 
 
 def not_empty(masks: Bool[np.ndarray, "p H W"]) -> Bool[np.ndarray, "k H W"]:
-    """Masks among which one can choose; there may be none."""
-    return masks[masks.any(axis=(1, 2))]
+    """Masks among which one can choose. There may be none, and a warning says so."""
+    masks = masks[masks.any(axis=(1, 2))]
+    if not len(masks):
+        warnings.warn(f"{NO_PROPOSALS}, so nothing can be chosen.", stacklevel=3)
+    return masks
 
 
 def _read(path: Path) -> Bool[np.ndarray, "p H W"] | None:

@@ -1,0 +1,167 @@
+"""Pictures of a comparison of all methods: cost against quality, splits, kinds of expressions, agreement.
+
+All are made from `results/benchmark.json`, or from the answers beside it, and from nothing else.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from wris_lib.errors import WrisError
+from wris_lib.report import Results
+
+# By supervision, in the order in which it grows; Okabe and Ito's, which colour-blind readers tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+MARKERS = "os^D"
+
+
+def rows_of(results: Results, spec: str) -> dict[str, dict[str, Any]]:
+    """A split's rows by their names.
+
+    Raises:
+        WrisError: the results have no rows of it.
+    """
+    rows = {row["name"]: row for row in results["rows"] if row["data"] == spec}
+    if not rows:
+        known = ", ".join(dict.fromkeys(row["data"] for row in results["rows"]))
+        raise WrisError(f"the results have no rows of {spec}; choose one of: {known}.")
+    return rows
+
+
+def cost_picture(results: Results, spec: str) -> Figure:
+    """Milliseconds an expression (median, quartiles) against mIoU (95 % interval), a point for each row.
+
+    Args:
+        results: with costs, as `benchmark --all` leaves them.
+        spec: the split.
+
+    Raises:
+        WrisError: the results have no costs, or no rows of the split.
+    """
+    rows, costs = rows_of(results, spec), results.get("costs", {})
+    shown = [name for name in rows if name in costs]
+    if not shown:
+        raise WrisError("the results have no costs; measure them with `python -m wris_lib benchmark --all`.")
+    told = list(dict.fromkeys(costs[name]["supervision"] for name in shown))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    for name in shown:
+        figures, cost = rows[name]["metrics"]["mIoU"], costs[name]
+        style = told.index(cost["supervision"]) % len(COLORS)
+        x, y, (low, high) = cost["milliseconds"], figures["mean"], cost["quartiles"]
+        axes.errorbar(
+            *(x, y),
+            xerr=[[max(0.0, x - low)], [max(0.0, high - x)]],
+            yerr=[[y - figures["low"]], [figures["high"] - y]],
+            fmt=MARKERS[style],
+            color=COLORS[style],
+            ms=7,
+            lw=0.8,
+        )
+        axes.annotate(name, (x, y), (6, 4), textcoords="offset points", fontsize=9)
+    axes.set_xlabel("milliseconds an expression", fontsize=10)
+    axes.set_ylabel("mIoU (%)", fontsize=10)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    key = [Line2D([], [], marker=MARKERS[i % 4], color=COLORS[i % 4], ls="") for i in range(len(told))]
+    figure.legend(key, told, title="told about the task", loc="outside lower center", fontsize=9, frameon=False)
+    return figure
+
+
+def splits_picture(results: Results, metric: str = "mIoU") -> Figure:
+    """A metric of every row on every split; in each column the best figure is bold, the oracle's aside.
+
+    Args:
+        results: of several rows and splits.
+        metric: key of a row's "metrics".
+    """
+    names = list(dict.fromkeys(row["name"] for row in results["rows"]))
+    specs = list(dict.fromkeys(row["data"] for row in results["rows"]))
+    found = {(row["name"], row["data"]): row["metrics"].get(metric, {}).get("mean") for row in results["rows"]}
+    values = np.array([[found.get((name, spec)) for spec in specs] for name in names], dtype=float)
+    figure = Figure(figsize=(1.6 + 0.85 * len(specs), 1.2 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    _table(axes, values, names, [spec.replace(":", "\n") for spec in specs], "{:.1f}")
+    competing = [place for place, name in enumerate(names) if name != "sam box"]
+    for column in range(len(specs)):
+        if np.isfinite(values[competing, column]).any():
+            best = competing[int(np.nanargmax(values[competing, column]))]
+            axes.texts[best * len(specs) + column].set_fontweight("bold")
+    axes.set_title(f"{metric} (%); bold: best of its column", loc="left", fontsize=10)
+    return figure
+
+
+def kinds_picture(results: Results, spec: str, kinds: tuple[str, str] = ("Position", "Others")) -> Figure:
+    """mIoU of two kinds of expressions, a line between them for each row.
+
+    Args:
+        results: with rows of the split.
+        spec: the split.
+        kinds: keys of a row's "kinds".
+
+    Raises:
+        WrisError: the results have no rows of the split, or a kind is none of its kinds.
+    """
+    rows = rows_of(results, spec)
+    known = next(iter(rows.values()))["kinds"]
+    for kind in kinds:
+        if kind not in known:
+            raise WrisError(f"{spec} has no kind of expressions {kind!r}; choose from: {', '.join(known)}.")
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows.values()):
+        figures = [row["kinds"][kind]["metrics"]["mIoU"] for kind in kinds]
+        axes.plot([each["mean"] for each in figures], [place, place], color="#999999", lw=2, zorder=1)
+        for number, each in enumerate(figures):
+            reach = [[each["mean"] - each["low"]], [each["high"] - each["mean"]]]
+            label = kinds[number] if place == 0 else None
+            axes.errorbar(
+                *(each["mean"], place), reach, None, "os"[number], color=COLORS[number], ms=6, lw=0.8, label=label
+            )
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("mIoU (%) and its 95 % interval", fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=9, length=0)
+    axes.grid(axis="x", alpha=0.25)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
+    return figure
+
+
+def agreement_picture(shares: Float[np.ndarray, "m m"], names: Sequence[str]) -> Figure:
+    """How often two methods give the same mask, in percent.
+
+    Args:
+        shares: of `examples.agreement`, in [0, 1].
+        names: of its rows.
+    """
+    figure = Figure(figsize=(2 + 0.5 * len(names), 1.4 + 0.42 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    _table(axes, 100 * np.asarray(shares), list(names), list(names), "{:.0f}")
+    axes.tick_params(axis="x", rotation=60)
+    axes.set_title("same mask (IoU of at least 0.5), percent of the expressions", loc="left", fontsize=10)
+    return figure
+
+
+def _table(
+    axes: Axes, values: Float[np.ndarray, "r c"], rows: Sequence[str], columns: Sequence[str], form: str
+) -> None:
+    """Numbers on a blue that grows darker with them; row by row they are `axes.texts`."""
+    axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=np.nanmax(values) * 1.15)
+    dark = 0.62 * np.nanmax(values) * 1.15
+    for (row, column), value in np.ndenumerate(values):
+        text = form.format(value) if np.isfinite(value) else "–"
+        color = "white" if value > dark else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=color)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8.5)
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
