@@ -55,6 +55,8 @@ def test_kinds(results):
     (axes,) = kinds_picture(results, "x:val").axes
     between = [list(line.get_xdata()) for line in axes.lines if line.get_color() == "#999999"]
     assert between == [[14, 24], [27, 37], [74, 84]]
+    reach = [bars.lines[2][0].get_segments()[0].tolist() for bars in axes.containers]
+    assert reach[:3] == [[[12, 0], [17, 0]], [[22, 0], [27, 0]], [[25, 1], [30, 1]]]
     (legend,) = axes.figure.legends
     assert [text.get_text() for text in legend.texts] == ["Position", "Others"]
 

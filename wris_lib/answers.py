@@ -33,11 +33,11 @@ def write(path: Path, spec: str, found: Mapping[str, Sequence[Record]]) -> None:
         "data": spec,
         "questions": [{key: record[key] for key in QUESTION} for record in asked],
         "answers": {
-            name: [{key: record[key] for key in record.keys() - set(QUESTION)} for record in records]
+            name: [{key: value for key, value in record.items() if key not in QUESTION} for record in records]
             for name, records in found.items()
         },
     }
-    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    text = json.dumps(content, separators=(",", ":")).encode()
     with atomic_write(path) as file:
         file.write(gzip.compress(text, mtime=0))  # the same answers make the same file
 

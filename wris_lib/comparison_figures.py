@@ -76,7 +76,7 @@ def cost_picture(results: Results, spec: str) -> Figure:
 
 
 def splits_picture(results: Results, metric: str = "mIoU") -> Figure:
-    """A metric of every row on every split; in each column the best figure is bold, the oracle's aside.
+    """A metric of every row on every split; in each column the best figure is bold, but for the oracle's.
 
     Args:
         results: of several rows and splits.
@@ -94,7 +94,7 @@ def splits_picture(results: Results, metric: str = "mIoU") -> Figure:
         if np.isfinite(values[competing, column]).any():
             best = competing[int(np.nanargmax(values[competing, column]))]
             axes.texts[best * len(specs) + column].set_fontweight("bold")
-    axes.set_title(f"{metric} (%); bold: best of its column", loc="left", fontsize=10)
+    axes.set_title(f"{metric} (%), the best in bold", loc="left", fontsize=10)
     return figure
 
 
@@ -122,9 +122,8 @@ def kinds_picture(results: Results, spec: str, kinds: tuple[str, str] = ("Positi
         for number, each in enumerate(figures):
             reach = [[each["mean"] - each["low"]], [each["high"] - each["mean"]]]
             label = kinds[number] if place == 0 else None
-            axes.errorbar(
-                *(each["mean"], place), reach, None, "os"[number], color=COLORS[number], ms=6, lw=0.8, label=label
-            )
+            style = {"fmt": "os"[number], "color": COLORS[number], "ms": 6, "lw": 0.8}
+            axes.errorbar(each["mean"], place, xerr=reach, label=label, **style)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
