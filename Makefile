@@ -1,4 +1,4 @@
-# Two commands, each of which makes the environment in .venv when it is needed.
+# Each command makes the environment in .venv when it is needed.
 
 VENV_PYTHON := .venv/bin/python
 
@@ -9,12 +9,14 @@ export IPYTHONDIR := $(CURDIR)/.venv/etc/ipython
 export MPLCONFIGDIR := $(CURDIR)/.venv/etc/matplotlib
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help lab test setup
+.PHONY: help lab test setup student assignments
 
 help:
-	@echo "make lab    open the course in JupyterLab"
-	@echo "make test   check style, run the unit tests and every notebook"
-	@echo "make setup  only make the environment, in .venv"
+	@echo "make lab          open the course in JupyterLab"
+	@echo "make test         check style, run the unit tests and every notebook"
+	@echo "make setup        only make the environment, in .venv"
+	@echo "make student      write the notebooks without their solutions, into build/student"
+	@echo "make assignments  make a course for nbgrader, into build/assignments"
 
 # Jupyter refuses to work for root unless it is told to; in containers there is often nobody else.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -27,6 +29,9 @@ test: setup
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m pytest tests
 	$(VENV_PYTHON) -m pytest --nbmake notebooks
+
+student assignments: setup
+	@$(VENV_PYTHON) scripts/assignments.py $@
 
 setup:
 	@scripts/setup

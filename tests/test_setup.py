@@ -111,7 +111,7 @@ def test_make_test_runs_the_four_checks():
     for check in ("ruff check", "ruff format --check", "pytest tests", "pytest --nbmake notebooks"):
         assert f".venv/bin/python -m {check}\n" in listed
     described = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "make lab" in described and "make test" in described
+    assert all(f"make {command}" in described for command in ("lab", "test", "setup", "student", "assignments"))
 
 
 # scripts/setup, on a checkout with one dependency, both built by a backend that needs no other package
