@@ -27,7 +27,7 @@ lab: setup
 test: setup
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
-	$(VENV_PYTHON) -m pytest tests
+	$(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests
 	$(VENV_PYTHON) -m pytest --nbmake notebooks
 
 student assignments: setup

@@ -2,8 +2,9 @@
 
 import os
 
-# Set before torch is imported anywhere: two cores are what CI has, and tiny tensors gain nothing from more threads.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Set before torch is imported anywhere: two cores are what CI has, and tiny tensors gain nothing from more threads. Of
+# several processes (pytest-xdist's workers) each has a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ install_import_hook("wris_lib", "beartype.beartype")
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache of all tests in this run. Whoever needs the toy world shares the one that the first test makes."""
-    folder = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # one for all workers
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WRIS_CACHE", str(folder))
         patch.delenv("WRIS_STACK", raising=False)
