@@ -80,7 +80,7 @@ def write_assignments(folder: Path) -> None:
     if find_spec("nbgrader") is None:
         raise WrisError(
             "nbgrader, which makes and grades assignments, is not installed; install it with"
-            " `.venv/bin/python -m pip install nbgrader`."
+            ' `.venv/bin/python -m pip install "nbgrader>=0.9.6,<0.10"`, on Python 3.11 or newer.'
         )
     with atomic_write(folder / "nbgrader_config.py", "w") as file:
         file.write(CONFIG)

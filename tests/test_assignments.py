@@ -1,4 +1,4 @@
-"""Students' copies and nbgrader's assignments: what they leave out, what they keep, and that they run to their end."""
+"""Students' copies and nbgrader's assignments: what they leave out, what they keep, and what their cells need."""
 
 import ast
 import builtins
@@ -143,8 +143,8 @@ def test_a_copy_has_no_solution_and_is_else_the_same(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_copy_runs_to_its_end(name):
-    """No cell of it needs a name that only a solution defines, or a function that is still a stub."""
+def test_no_cell_of_a_copy_needs_a_solution(name):
+    """None needs a name that only a solution defines, or a function that is still a stub."""
     defined, still_open = {*dir(builtins), "display", "get_ipython"}, set()
     for cell in assignments.students_copy(NOTEBOOKS[name])["cells"]:
         if cell["cell_type"] != "code":

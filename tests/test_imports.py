@@ -8,8 +8,8 @@ import wris_lib
 # Rooms of the house, from the ground up. Each may import from those named before it, and within itself.
 ROOMS = (
     *("errors", "files", "download", "data", "backbones", "train", "evaluate", "methods"),
-    *("report", "answers", "examples", "ablation_figure", "comparison_figures", "show"),  # what becomes of predictions
-    *("contestants", "questions", "cost", "page", "benchmark"),
+    *("report", "answers", "examples", "ablation_figure", "show"),  # what becomes of predictions
+    *("contestants", "questions", "cost", "comparison_figures", "page", "benchmark"),
     *("pretrain", "studies", "fetch", "doctor"),
     *("exercises", "exercises_ppt", "exercises_curriculum", "exercises_pcnet", "exercises_iterprime"),
     *("widgets", "widgets_ppt", "widgets_curriculum", "widgets_pcnet", "widgets_iterprime", "widgets_compare"),

@@ -4,6 +4,7 @@ All are made from `results/benchmark.json`, or from the answers beside it, and f
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from wris_lib.contestants import ORACLE
 from wris_lib.errors import WrisError
 from wris_lib.report import Results
 
@@ -70,7 +72,9 @@ def cost_picture(results: Results, spec: str) -> Figure:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    key = [Line2D([], [], marker=MARKERS[i % 4], color=COLORS[i % 4], ls="") for i in range(len(told))]
+    key = [
+        Line2D([], [], marker=m, color=c, ls="") for m, c, _ in zip(cycle(MARKERS), cycle(COLORS), told, strict=False)
+    ]
     figure.legend(key, told, title="told about the task", loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
@@ -89,7 +93,7 @@ def splits_picture(results: Results, metric: str = "mIoU") -> Figure:
     figure = Figure(figsize=(1.6 + 0.85 * len(specs), 1.2 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots()
     _table(axes, values, names, [spec.replace(":", "\n") for spec in specs], "{:.1f}")
-    competing = [place for place, name in enumerate(names) if name != "sam box"]
+    competing = [place for place, name in enumerate(names) if name != ORACLE]
     for column in range(len(specs)):
         if np.isfinite(values[competing, column]).any():
             best = competing[int(np.nanargmax(values[competing, column]))]
