@@ -51,6 +51,8 @@ def test_questions_are_kept_once(tmp_path):
         gzip.compress(b'{"data": "fake:val", "questions": [], "answers": []}'),
         gzip.compress(b"{}" * 99)[:-9],
     ],
+    # Named, since gzip writes the time into its header, and processes that share the tests compare their names.
+    ids=["no gzip", "no JSON", "a list", "nothing else", "questions that are empty", "answers in a list", "cut short"],
 )
 def test_a_damaged_file_is_refused(tmp_path, content):
     path = tmp_path / "a.json.gz"
