@@ -9,7 +9,7 @@ import wris_lib
 ROOMS = (
     *("errors", "files", "download", "data", "backbones", "train", "evaluate", "methods"),
     *("report", "answers", "examples", "ablation_figure", "comparison_figures", "show"),  # what becomes of predictions
-    *("contestants", "questions", "cost", "page", "benchmark"),
+    *("course", "contestants", "questions", "cost", "page", "benchmark"),
     *("pretrain", "studies", "fetch", "doctor"),
     *("exercises", "exercises_ppt", "exercises_curriculum", "exercises_pcnet", "exercises_iterprime"),
     *("widgets", "widgets_ppt", "widgets_curriculum", "widgets_pcnet", "widgets_iterprime", "widgets_compare"),

@@ -66,6 +66,7 @@ class Stack:
     ppt: Checkpoint | None = None  # PPT's point generator
     tris: Checkpoint | None = None  # what L_cls alone learns
     pcnet: Checkpoint | None = None  # PCNet's referring module
+    note: str = ""  # what else a reader of its figures must know
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
