@@ -5,7 +5,7 @@ full size takes seconds for each; so a notebook names what it shows on the toy s
 stack at hand:
 
     load(split("toyref:val")).items     # of "refcoco:val"
-    few(80)                             # 4
+    few(80)                             # 10
 
 Object-centric pictures are the toy world's on both stacks, as are pictures whose parts are asked for: RefCOCO has none.
 """
@@ -20,7 +20,7 @@ import torch
 from wris_lib.backbones.checkpoints import default_stack, get_stack
 
 REAL = {"toyref": "refcoco", "toyref+": "refcoco+", "toyrefg": "refcocog"}
-SHARE = {"cuda": 2, "cpu": 20}  # with the paper stack a half or a twentieth of what the toy stack does
+SHARE = {"cuda": 2, "cpu": 8}  # with the paper stack a half or an eighth of what the toy stack does
 
 T = TypeVar("T")
 
