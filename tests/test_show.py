@@ -211,6 +211,6 @@ def test_matching_shows_the_pairs_on_the_image_and_in_the_table():
 
 
 def test_a_search_that_found_nothing_is_said():
-    picture = grid([])
+    picture = show.grid([])
     assert [text.get_text() for text in picture.figure.texts] == ["nothing to show"]
     assert Image.open(io.BytesIO(picture.jpeg)).format == "JPEG"
