@@ -9,7 +9,7 @@ import wris_lib
 ROOMS = (
     *("errors", "files", "download", "data", "backbones", "train", "evaluate", "methods"),
     *("report", "answers", "examples", "ablation_figure", "show"),  # what becomes of predictions
-    *("contestants", "questions", "cost", "comparison_figures", "page", "benchmark"),
+    *("course", "contestants", "questions", "cost", "comparison_figures", "page", "benchmark"),
     *("pretrain", "studies", "fetch", "doctor"),
     *("exercises", "exercises_ppt", "exercises_curriculum", "exercises_pcnet", "exercises_iterprime"),
     *("widgets", "widgets_ppt", "widgets_curriculum", "widgets_pcnet", "widgets_iterprime", "widgets_compare"),

@@ -208,3 +208,9 @@ def test_matching_shows_the_pairs_on_the_image_and_in_the_table():
     assert share_of(show.REGIONS[0], picture) > 0.001
     unnamed = show.matching(IMAGE, places, boxes, costs, []).figure.axes[1]
     assert [label.get_text() for label in unnamed.get_xticklabels()] == ["object 0", "object 1"]
+
+
+def test_a_search_that_found_nothing_is_said():
+    picture = show.grid([])
+    assert [text.get_text() for text in picture.figure.texts] == ["nothing to show"]
+    assert Image.open(io.BytesIO(picture.jpeg)).format == "JPEG"

@@ -179,13 +179,17 @@ def stages(
 
 
 def grid(panels: Sequence[Panel], columns: int = 4, inches: float = INCHES) -> Picture:
-    """Panels side by side, with a legend of what is drawn in them.
+    """Panels side by side, with a legend of what is drawn in them; without any, a line that says so.
 
     Args:
-        panels: at least one.
+        panels: any number.
         columns: most in a row.
         inches: width of a panel.
     """
+    if not panels:
+        figure = Figure(figsize=(inches, 0.3))
+        figure.text(0.5, 0.5, "nothing to show", ha="center", va="center", fontsize=9)
+        return Picture(figure)
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     panels = [replace(panel, image=load_image(panel.image)) for panel in panels]

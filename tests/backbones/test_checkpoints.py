@@ -11,7 +11,16 @@ from torch import nn
 
 from wris_lib import files
 from wris_lib.backbones import checkpoints
-from wris_lib.backbones.checkpoints import STACKS, Checkpoint, get_stack
+from wris_lib.backbones.checkpoints import (
+    STACKS,
+    Checkpoint,
+    checkpoint_path,
+    expected_sha256,
+    get_stack,
+    record_sha256,
+    trained_folder,
+    verify,
+)
 from wris_lib.backbones.loading import load_state, load_weights
 from wris_lib.errors import WrisError
 
@@ -252,3 +261,18 @@ def test_a_torchscript_archive_without_openais_numbers(tmp_path: Path) -> None:
     torch.jit.script(model).save(tmp_path / "weights.pt")
     state = load_state(tmp_path / "weights.pt")
     assert set(state) == {"weight", "bias"}
+
+
+def test_what_was_trained_here_is_a_part_of_the_stack(tmp_path, monkeypatch):
+    monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
+    assert get_stack("paper").pcnet is None
+    path = trained_folder("pcnet", "paper") / "pcnet.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+    record_sha256(path)
+    own = get_stack("paper").pcnet
+    assert checkpoint_path(own) == path and get_stack("paper").ppt is None
+    verify(path, expected_sha256(own))
+    trained_folder("pcnet", "toy").mkdir()
+    (trained_folder("pcnet", "toy") / "pcnet.safetensors").write_bytes(b"a trial")
+    assert get_stack("toy") == STACKS["toy"]  # has weights, which a trial does not replace

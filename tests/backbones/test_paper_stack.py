@@ -1,27 +1,26 @@
-"""The paper stack at full size, without the network: random weights in the formats in which their authors publish.
-
-Same sizes, same tensor names, same file formats, same code lines as the real checkpoints; only the numbers are noise,
-and therefore the recorded hashes others.
-"""
+"""The paper stack at full size, without the network: random weights, see `tests.random_stack`, and other hashes."""
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from open_clip.model import build_model_from_openai_state_dict, convert_weights_to_fp16
 from PIL import Image
-from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
+from tests.random_stack import (
+    EXPRESSIONS,
+    Reference,
+    save_albef_as_its_authors_do,
+    save_clip_as_openai_does,
+    save_sam_as_meta_does,
+)
 from wris_lib.backbones.checkpoints import STACKS, checkpoint_path
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.itm import load_matcher
-from wris_lib.backbones.itm_models import SIZES, Albef
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.loading import load_weights
 from wris_lib.backbones.proposals import SETTINGS, Proposer
@@ -30,64 +29,14 @@ from wris_lib.errors import WrisError
 from wris_lib.files import sha256
 from wris_lib.methods.clip_sam import ClipSam
 from wris_lib.methods.iterprime import IterPrime
-from wris_lib.pretrain.albef import write_vocabulary
 
 # OpenAI's file is a TorchScript archive, and torch advises against making new ones.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
-
-EXPRESSIONS = ["the man in the green shirt", "a dog left of the car"]
 
 
 @pytest.fixture(scope="module")
 def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).resize((640, 480))
-
-
-def noise(shapes: nn.Module) -> dict[str, Tensor]:
-    """A state dict for a model on the meta device: pieces of one long row of random numbers."""
-    row = torch.randn(30_000_000, generator=torch.Generator().manual_seed(0)) * 0.06
-    state = {}
-    for start, (name, tensor) in enumerate(shapes.state_dict().items()):
-        state[name] = row[start : start + tensor.numel()].view(tensor.shape).clone()
-        if tensor.ndim == 1 and name.endswith("weight"):
-            state[name] += 1  # of a layer norm
-    return state
-
-
-@dataclass
-class Reference:
-    """What open_clip itself computes with the saved weights."""
-
-    images: Tensor
-    image_features: Tensor
-    text_features: Tensor
-
-
-def save_clip_as_openai_does(path: Path) -> Reference:
-    """ViT-B/16 as a TorchScript archive in half precision, with three numbers among the weights."""
-    shapes = open_clip.create_model("ViT-B-16-quickgelu", device="meta")
-    model = build_model_from_openai_state_dict(noise(shapes))
-
-    # What an independent reader of the file must arrive at.
-    images = torch.from_numpy(np.random.default_rng(1).normal(size=(1, 3, 224, 224)).astype(np.float32))
-    tokens = open_clip.get_tokenizer("ViT-B-16-quickgelu")(
-        [prompt.format(expression) for expression in EXPRESSIONS for prompt in STACKS["paper"].clip.prompts]
-    )
-    model.float()
-    with torch.no_grad():
-        texts = model.encode_text(tokens, normalize=True).unflatten(0, (len(EXPRESSIONS), -1)).mean(dim=1)
-        reference = Reference(
-            images, model.encode_image(images, normalize=True), nn.functional.normalize(texts, dim=-1)
-        )
-
-    convert_weights_to_fp16(model)
-    model.attn_mask = None  # OpenAI's has none among its buffers
-    for name, value in {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}.items():
-        model.__dict__.pop(name, None)
-        model.register_buffer(name, torch.tensor(value))
-    with torch.no_grad():
-        torch.jit.trace(model, (images.half(), tokens[:1]), check_trace=False).save(path)
-    return reference
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +47,7 @@ def reference(tmp_path_factory) -> Iterator[Reference]:
     stack = STACKS["paper"]
     clip_file, sam_file = (cache / "paper" / checkpoint.file for checkpoint in (stack.clip, stack.sam))
     made = save_clip_as_openai_does(clip_file)
-    with torch.device("meta"):
-        shapes = sam_model_registry["vit_b"]()
-    torch.save(noise(shapes), sam_file)
+    save_sam_as_meta_does(sam_file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WRIS_CACHE", str(cache))
         here = replace(
@@ -216,19 +163,11 @@ def albef(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     stack = STACKS["paper"]
     (tmp_path / "paper").mkdir()
     weights, vocabulary = (tmp_path / "paper" / part.file for part in (stack.itm, stack.itm.vocabulary))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = dict(Albef(SIZES["base"]).state_dict())
-    embeddings = "text_encoder.bert.embeddings"
-    more = {f"{embeddings}.token_type_embeddings.weight": torch.randn(2, 768), "image_queue": torch.randn(256, 10)}
-    more |= {name.replace("_proj", "_proj_m"): tensor for name, tensor in state.items() if "_proj." in name[:12]}
-    torch.save({"model": {**state, **more}, "epoch": 29}, weights)
-    write_vocabulary(["man", "green", "shirt", "dog", "left", "car"], vocabulary)
+    state = save_albef_as_its_authors_do(weights, vocabulary)
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
     words = replace(stack.itm.vocabulary, sha256=sha256(vocabulary))
     itm = replace(stack.itm, sha256=sha256(weights), vocabulary=words)
     monkeypatch.setitem(STACKS, "paper", replace(stack, itm=itm))
-    state[f"{embeddings}.position_embeddings.weight"] += more[f"{embeddings}.token_type_embeddings.weight"][0]
     return state
 
 

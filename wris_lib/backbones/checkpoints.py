@@ -7,7 +7,7 @@ has the MD5 its server announces. This module needs no torch, so that the doctor
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wris_lib.download import FETCH, Remote, fetch_file
@@ -62,10 +62,11 @@ class Stack:
     parser: Checkpoint | str  # a str names a spaCy pipeline, which comes as a package: see `spacy_download`
     llm: Checkpoint | str  # a str names a model on the Hugging Face hub: see `llm.local_llm`
     itm: ItmCheckpoint
-    # Trained by this library; nobody has published any for the papers' models.
+    # Trained by this library; nobody has published any for the papers' models: see `get_stack`.
     ppt: Checkpoint | None = None  # PPT's point generator
     tris: Checkpoint | None = None  # what L_cls alone learns
     pcnet: Checkpoint | None = None  # PCNet's referring module
+    note: str = ""  # what else a reader of its figures must know
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -157,13 +158,23 @@ def default_stack() -> str:
 def get_stack(name: str | None = None) -> Stack:
     """The stack of that name; without a name the default one.
 
+    What nobody has published for it, and `train` has made on this machine, is a part of it.
+
     Raises:
         WrisError: no such stack.
     """
     name = name or default_stack()
     if name not in STACKS:
         raise WrisError(f"there is no stack {name!r}; choose one of: {', '.join(STACKS)}.")
-    return STACKS[name]
+    stack = STACKS[name]
+    lacking = [part for part in ("ppt", "tris", "pcnet") if getattr(stack, part) is None]
+    own = {part: path for part in lacking if (path := trained_folder(part, name) / f"{part}.safetensors").is_file()}
+    return replace(stack, **{part: Checkpoint(file=str(path)) for part, path in own.items()})
+
+
+def trained_folder(method: str, stack: str) -> Path:
+    """Where `train METHOD --stack STACK` keeps its checkpoints, and in the end its weights, unless told otherwise."""
+    return cache_dir() / "train" / f"{method}-{stack}"
 
 
 def spacy_download(package: str) -> str:
@@ -252,7 +263,8 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 
 def _known_sha256(checkpoint: Checkpoint) -> str | None:
-    return checkpoint.sha256 or _recorded(_place(checkpoint).parent).get(checkpoint.file)
+    path = _place(checkpoint)
+    return checkpoint.sha256 or _recorded(path.parent).get(path.name)
 
 
 def _status(checkpoint: Checkpoint) -> str:

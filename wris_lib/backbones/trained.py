@@ -90,7 +90,7 @@ def find_trained(stack: Stack, part: str, train: str) -> Path:
     if checkpoint is None:
         raise WrisError(
             f"no trained {part} comes with the {stack.name} stack; train one with `{train} --stack {stack.name} --data"
-            " refcoco:train`, and hand over its file as weights=…."
+            " refcoco:train`."
         )
     path = checkpoint_path(checkpoint)
     verify(path, expected_sha256(checkpoint))

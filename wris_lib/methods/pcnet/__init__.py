@@ -89,7 +89,7 @@ class PcNet(Method):
             stack: "toy" or "paper".
             mask: "sam" or "map".
             cues: for every sentence, in place of the language model's.
-            weights: a file that `train` wrote; by default the stack's, which only the toy stack has.
+            weights: a file that `train` wrote; by default the stack's, see `get_stack`.
             device: such as "cpu"; by default the GPU if there is any.
 
         Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from wris_lib.backbones.checkpoints import WEIGHTS, record_sha256
+from wris_lib.backbones.checkpoints import WEIGHTS, record_sha256, trained_folder
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.llm import load_llm
@@ -17,7 +17,7 @@ from wris_lib.backbones.sam import load_sam
 from wris_lib.backbones.trained import save_trained
 from wris_lib.data import load_training
 from wris_lib.errors import WrisError
-from wris_lib.files import atomic_write, cache_dir, write_json
+from wris_lib.files import atomic_write, write_json
 from wris_lib.methods.pcnet.crm import Crm, CrmConfig
 from wris_lib.methods.pcnet.training import IMAGES_PER_STEP, Batches, Training, TrainingData, encode, training_loss
 from wris_lib.train import fit
@@ -77,7 +77,7 @@ def main(
         folder: for checkpoints; None: in the cache.
     """
     usual = (stack, data, steps, seed) == ("toy", None, None, 0)
-    folder = Path(folder or cache_dir() / "train" / f"{method}-{stack}")
+    folder = Path(folder or trained_folder(method, stack))
     clip, training = load_clip(stack), Training(seed=seed)
     if method == "tris":
         training = replace(training, region_shrinking=0.0, disambiguation=0.0)
@@ -90,8 +90,7 @@ def main(
     log = train(crm, everything, training, folder)
     path = (WEIGHTS if usual else folder) / f"{method}.safetensors"
     save_trained(crm, method, clip, path)
-    if usual:
-        record_sha256(path)
+    record_sha256(path)
     flags = [] if stack == "toy" else ["--stack", stack]
     flags += [] if data is None else ["--data", data]
     flags += [] if steps is None else ["--steps", str(steps)]

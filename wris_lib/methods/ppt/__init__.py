@@ -53,7 +53,7 @@ class Ppt(Method):
 
         Args:
             stack: "toy" or "paper".
-            weights: a file that `train ppt` wrote; by default the stack's, which only the toy stack has.
+            weights: a file that `train ppt` wrote; by default the stack's, see `get_stack`.
             device: such as "cpu"; by default the GPU if there is any.
             negatives: show SAM the negative points too.
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from wris_lib.backbones.checkpoints import WEIGHTS, record_sha256
+from wris_lib.backbones.checkpoints import WEIGHTS, record_sha256, trained_folder
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.sam import load_sam
 from wris_lib.data import load_training, toyworld
 from wris_lib.data.objects import ObjectImages
 from wris_lib.errors import WrisError
-from wris_lib.files import atomic_write, cache_dir, write_json
+from wris_lib.files import atomic_write, write_json
 from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.curriculum import CURRICULA, Done, Training, train
 from wris_lib.methods.ppt.datasets import training_data
@@ -93,7 +93,7 @@ def main(
     """
     processes = PartialState(cpu=not torch.cuda.is_available())  # before any model: it says on which GPU
     usual = (stack, data, objects, steps, seed) == ("toy", TOY_DATA, None, None, 0)
-    folder = Path(folder or cache_dir() / "train" / f"ppt-{stack}")
+    folder = Path(folder or trained_folder("ppt", stack))
     clip, segmenter = load_clip(stack), load_sam(stack)
     everything = load_data(stack, clip, data, objects)
     generator = start(configure(clip), seed, everything)
@@ -106,8 +106,7 @@ def main(
         return
     path = (WEIGHTS if usual else folder) / "ppt.safetensors"
     save_generator(generator, clip, path)
-    if usual:
-        record_sha256(path)
+    record_sha256(path)
     with atomic_write(path.with_suffix(".md"), "w") as file:
         file.write(
             model_card(generator, everything, training, done, _command(stack, data, objects, steps, seed), usual)

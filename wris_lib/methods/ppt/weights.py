@@ -72,7 +72,7 @@ def find_weights(stack: Stack) -> Path:
     if stack.ppt is None:
         raise WrisError(
             f"no generator comes with the {stack.name} stack; train one with `{TRAIN} --stack {stack.name} --data"
-            " refcoco:train --objects FOLDER`, and hand over its file as weights=…."
+            " refcoco:train --objects FOLDER`."
         )
     path = checkpoint_path(stack.ppt)
     verify(path, expected_sha256(stack.ppt))

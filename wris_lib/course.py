@@ -1,0 +1,69 @@
+"""What the notebooks work on: with the toy stack the toy world, with the paper stack photographs of a real dataset.
+
+`WRIS_STACK=paper` changes the models of every notebook. Pictures have to change with them, and without a GPU a model of
+full size takes seconds for each; so a notebook names what it shows on the toy stack, and asks here what that is on the
+stack at hand:
+
+    load(split("toyref:val")).items     # of "refcoco:val"
+    few(80)                             # 10
+
+Object-centric pictures are the toy world's on both stacks, as are pictures whose parts are asked for: RefCOCO has none.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from wris_lib.backbones.checkpoints import default_stack, get_stack
+
+REAL = {"toyref": "refcoco", "toyref+": "refcoco+", "toyrefg": "refcocog"}
+SHARE = {"cuda": 2, "cpu": 8}  # with the paper stack a half or an eighth of what the toy stack does
+
+T = TypeVar("T")
+
+
+def split(toy: str) -> str:
+    """The default stack's split for one of the toy world's.
+
+    Args:
+        toy: such as "toyref:val".
+
+    Returns:
+        On the toy stack the same; on another one the split of the real dataset that it imitates, "refcoco:val", or of
+        the one that `$WRIS_DATASET` names. What imitates none stays: "toyobjects:val".
+    """
+    dataset, _, part = toy.partition(":")
+    if default_stack() == "toy" or dataset not in REAL:
+        return toy
+    return f"{os.environ.get('WRIS_DATASET') or REAL[dataset]}:{part}"
+
+
+def few(count: int) -> int:
+    """How many of something a cell can afford: `count` on the toy stack, on another one a part of that, at least 2."""
+    if default_stack() == "toy":
+        return count
+    return min(count, max(2, count // SHARE["cuda" if torch.cuda.is_available() else "cpu"]))
+
+
+def draw(items: Sequence[T], count: int, seed: int = 0) -> list[T]:
+    """`few(count)` different ones at random; all, in another order, where there are no more.
+
+    Args:
+        items: to draw from.
+        count: on the toy stack.
+        seed: of the draw.
+    """
+    chosen = np.random.default_rng(seed).choice(len(items), min(few(count), len(items)), replace=False)
+    return [items[index] for index in chosen]
+
+
+def remark() -> str:
+    """A line for the head of a notebook: which stack this is, and whose figures its text tells."""
+    stack = get_stack()
+    if stack.name == "toy":
+        return "toy stack"
+    note = f"{stack.name} stack on {split('toyref:val')}; the text, and figures from results/, tell of the toy stack"
+    return f"{note}. {stack.note}".strip()
