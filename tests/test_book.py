@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -16,17 +17,23 @@ PAGES = sorted(DOCS.rglob("*.md"))
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+CHECKER = load(ROOT / "scripts" / "check_site.py")
+DOCSTRINGS = load(DOCS / "extensions" / "docstrings.py")
+
+
+@cache
 def cells(path: Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
+@cache
 def anchors(path: Path) -> set[str]:
     """What can be linked to in a page or notebook: its headings, named as on GitHub."""
     if path.suffix == ".ipynb":
@@ -93,6 +100,29 @@ def test_the_lock_fits_the_extra():
         assert pin.operator == "==" and pin.version in wanted.specifier
 
 
+# Docstrings
+
+
+def changed(docstring: str) -> str:
+    return "\n".join(DOCSTRINGS.as_restructured_text(docstring.splitlines()))
+
+
+def test_diagrams_and_tables_become_literal_blocks():
+    assert changed("A.\n\n    a ──► b\n      ──► c\n\nB.") == "A.\n\n\n::\n\n        a ──► b\n          ──► c\n\n\nB."
+    assert changed("A.\n\n| x | y |\n|---|---|") == "A.\n\n\n::\n\n    | x | y |\n    |---|---|"
+
+
+def test_bars_in_a_sentence_are_no_markup():
+    assert changed("W, |W| times.") == "W, \\|W\\| times."
+
+
+@pytest.mark.parametrize(
+    "docstring", ["A.\n\nArgs:\n    x: one,\n        two.\n\n    y: three.", "- one,\n  two\n\n  three\n- four"]
+)
+def test_sections_and_lists_stay_as_they_are(docstring: str):
+    assert changed(docstring) == docstring
+
+
 # The checker
 
 
@@ -103,7 +133,7 @@ def test_a_sound_site_passes(tmp_path, capsys):
     )
     (tmp_path / "b" / "c d.html").write_text('<p id="x"><a href="../a.html"><img src="data:image/png;base64,AA">')
     (tmp_path / "s.css").write_text('p { background: url("a.png") }')
-    assert script("check_site").main(str(tmp_path)) == 0
+    assert CHECKER.main(str(tmp_path)) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -121,12 +151,12 @@ def test_a_sound_site_passes(tmp_path, capsys):
 )
 def test_what_is_wrong_with_a_page_is_said(html: str, complaint: str, tmp_path, capsys):
     (tmp_path / "a.html").write_text(html)
-    assert script("check_site").main(str(tmp_path)) == 1
+    assert CHECKER.main(str(tmp_path)) == 1
     assert capsys.readouterr().err == f"a.html: {complaint}\n"
 
 
 @pytest.mark.parametrize("style", ["@import 'https://e.org/f.css'", "p { background: url(//e.org/p.png) }"])
 def test_styles_from_the_network_are_found(style: str, tmp_path):
     (tmp_path / "s.css").write_text(style)
-    (complaint,) = script("check_site").problems(tmp_path)
+    (complaint,) = CHECKER.problems(tmp_path)
     assert complaint.startswith("s.css: ") and complaint.endswith("comes from the network")

@@ -3,9 +3,13 @@
 Two things differ. Diagrams and tables are simply indented or drawn with bars; and bars, as in |W|, mean nothing.
 """
 
-import re
+from __future__ import annotations
 
-from sphinx.application import Sphinx
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the tests look at this file where there is no Sphinx
+    from sphinx.application import Sphinx
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises):$|[-*] |\d+\. ")
 
