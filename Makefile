@@ -9,12 +9,13 @@ export IPYTHONDIR := $(CURDIR)/.venv/etc/ipython
 export MPLCONFIGDIR := $(CURDIR)/.venv/etc/matplotlib
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help lab test setup student assignments
+.PHONY: help lab test book setup student assignments
 
 help:
 	@echo "make lab          open the course in JupyterLab"
 	@echo "make test         check style, run the unit tests and every notebook"
 	@echo "make setup        only make the environment, in .venv"
+	@echo "make book         build the course as a site, in build/book"
 	@echo "make student      write the notebooks without their solutions, into build/student"
 	@echo "make assignments  make a course for nbgrader, into build/assignments"
 
@@ -32,6 +33,18 @@ test: setup
 
 student assignments: setup
 	@$(VENV_PYTHON) scripts/assignments.py $@
+
+# The cache holds what was read without a warning, so it must not outlive one that was not mended.
+book: .venv/book-packages
+	@$(VENV_PYTHON) -m sphinx -q -W --keep-going -c docs -d build/book-cache . build/book || { rm -rf build/book-cache; exit 1; }
+	@$(VENV_PYTHON) scripts/check_site.py build/book
+	@echo "The site is in build/book; open build/book/index.html."
+
+# Packages on top of the environment's own. The file goes when the environment is made anew, and they with it.
+.venv/book-packages: docs/requirements.lock | setup
+	@$(VENV_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the site needs Python 3.11 or newer, but .venv has 3.10; run: PYTHON=python3.11 make book")'
+	@$(VENV_PYTHON) -m pip install --quiet --no-deps --no-input --disable-pip-version-check -r docs/requirements.lock
+	@touch $@
 
 setup:
 	@scripts/setup

@@ -62,7 +62,7 @@ def test_the_lock_has_one_fitting_version_of_each_dependency(python: str, platfo
             assert versions[canonicalize_name(wanted.name)] in wanted.specifier
 
 
-@pytest.mark.parametrize("file", ["requirements.lock", "environment.yml", "pyproject.toml"])
+@pytest.mark.parametrize("file", ["requirements.lock", "docs/requirements.lock", "environment.yml", "pyproject.toml"])
 def test_no_package_index_is_named(file: str):
     assert not re.search(r"https?://|--(extra-)?index-url|--find-links", (ROOT / file).read_text())
 
