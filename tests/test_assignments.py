@@ -15,6 +15,7 @@ from tests import (
     test_exercises,
     test_exercises_curriculum,
     test_exercises_iterprime,
+    test_exercises_measured,
     test_exercises_pcnet,
     test_exercises_ppt,
 )
@@ -29,6 +30,7 @@ WRONG_ANSWERS = [
     *test_exercises.MISTAKES,
     *test_exercises_curriculum.MISTAKES,
     *test_exercises_iterprime.MISTAKES,
+    *test_exercises_measured.MISTAKES,
     *test_exercises_pcnet.MISTAKES,
     *test_exercises_ppt.MISTAKES,
 ]

@@ -175,7 +175,10 @@ MISLEAD_MISTAKES = [
     (("[lorry, wheel]", "[lorry, wheel.astype(int)]"), "got numbers as candidate 1, expected a mask, an array of"),
     (("[lorry, wheel]", "[lorry, wheel[1:]]"), "got candidate 1 of shape (7, 8), expected (8, 8), that of the pred"),
     (("[lorry, wheel]", "[]"), "got [] as candidates, expected a list of at least one mask"),
-    (("[lorry, wheel]", "lorry"), "got an array of shape (8,) as candidate 0, expected a mask, an array of shape (H, W"),
+    (
+        ("[lorry, wheel]", "lorry"),
+        "got an array of shape (8,) as candidate 0, expected a mask, an array of shape (H, W",
+    ),
     ((", [lorry, wheel]", ""), "expected three things: `return prediction, referent, candidates`"),
 ]
 MOST_MISTAKES = [

@@ -12,6 +12,7 @@ ROOMS = (
     *("course", "contestants", "questions", "cost", "comparison_figures", "page", "benchmark"),
     *("pretrain", "studies", "fetch", "doctor"),
     *("exercises", "exercises_ppt", "exercises_curriculum", "exercises_pcnet", "exercises_iterprime"),
+    "exercises_measured",
     *("widgets", "widgets_ppt", "widgets_curriculum", "widgets_pcnet", "widgets_iterprime", "widgets_compare"),
     "__main__",
 )

@@ -1,5 +1,5 @@
-"""Checks for the exercises of notebook 03: a sentence that is true of one object only, `Select`, a case in which it goes
-wrong, and a prediction.
+"""Checks for the exercises of notebook 03: a sentence that is true of one object only, `Select`, a case in which it
+goes wrong, and a prediction.
 
 They have the form that `wris_lib.exercises` describes.
 """
@@ -181,7 +181,7 @@ def check_mislead_select(answer: Answer) -> None:
         raise Wrong(complaint, "where all candidates are bad, no rule could choose well")
     taken = int(fits.argmax())
     if worth[taken] >= 0.5:
-        hint = "Select takes what has the shape of the prediction; what shape has it, when only a piece was found?"
+        hint = "Select takes what has the shape of the prediction, and that need not be the shape of the whole thing"
         if (worth >= 0.5).all():
             hint = "all candidates are good labels, so no choice is wrong; SAM also answers with pieces and neighbours"
         complaint = f"Select takes candidate {taken}, with an IoU of {fits[taken]:.2f} with the prediction"
