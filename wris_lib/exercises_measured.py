@@ -5,6 +5,7 @@ of ours, which are measured on a draw. Models and pictures are the toy stack's, 
 
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,7 @@ def check_helps_most(answer: Answer) -> None:
     CRM is added to L_cls, the two losses to L_cls with CRM. What was measured decides, in the mean of its seeds.
     """
     got = _one_of(answer, tuple(PIECES), "a single piece, as one of these texts")
-    try:
-        rows = read_rows(PCNET, "toyrefg:val")
-    except WrisError as error:
-        raise Wrong(f"{got} cannot be compared with what was measured: {str(error).rstrip('.')}") from None
+    rows = _measured(got, PCNET, "toyrefg:val")
     point = {name: row["metrics"]["PointM"]["mean"] for name, row in rows.items()}
     gains = {piece: point[after] - point[before] for piece, (before, after) in PIECES.items()}
     most = max(gains.values())
@@ -64,10 +62,7 @@ def check_weakest_way(answer: Answer) -> None:
     One of `AGGREGATIONS`; what was measured on ToyRef testA and ToyRefg test decides.
     """
     got = _one_of(answer, AGGREGATIONS, "the name of a way")
-    try:
-        splits = [read_rows(ITERPRIME, split) for split in ("toyref:testA", "toyrefg:test")]
-    except WrisError as error:
-        raise Wrong(f"{got} cannot be compared with what was measured: {str(error).rstrip('.')}") from None
+    splits = [_measured(got, ITERPRIME, split) for split in ("toyref:testA", "toyrefg:test")]
     scores = {way: float(np.mean([rows[way]["metrics"]["mIoU"]["mean"] for rows in splits])) for way in AGGREGATIONS}
     least = min(scores.values())
     if scores[got] > least:
@@ -86,6 +81,14 @@ def _one_of(answer: Answer, texts: tuple[str, ...], what: str) -> str:
     if not (isinstance(got, str) and got in texts):
         raise Wrong(f"got {_short(got)}, expected {what}: {', '.join(map(repr, texts))}")
     return got
+
+
+def _measured(got: str, path: Path, split: str) -> dict[str, dict[str, Any]]:
+    """A result's rows of a split by their names, to be compared with an answer."""
+    try:
+        return read_rows(path, split)
+    except WrisError as error:
+        raise Wrong(f"{got} cannot be compared with what was measured: {str(error).rstrip('.')}") from None
 
 
 @exercise("invent_cue")
@@ -178,15 +181,9 @@ def check_pick_mask(answer: Answer) -> None:
     On the exam's draw the answers must win at least half of the mIoU that lies between SAM's own choice, the most
     trusted, and the best choice.
     """
+    _picked(answer, np.ones((3, 8, 8), bool), np.linspace(0.9, 0.3, 3), np.ones((8, 8)))  # open ones need no model
     cases = sam_answers("exam")
-    picked = []
-    for masks, trusted, response, truth in cases:
-        got = _call(answer, f"for {len(masks)} masks", masks, trusted, response)
-        number = got.item() if isinstance(got, np.ndarray | np.integer) and np.size(got) == 1 else got
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(masks):
-            hint = "return the number of a mask, not the mask" if getattr(got, "shape", None) == truth.shape else ""
-            raise Wrong(f"got {_short(got)}, expected a number from 0 to {len(masks) - 1}", hint)
-        picked.append(number)
+    picked = [_picked(answer, *given) for *given, _ in cases]
     ious = [np.array([evaluate.iou(mask, truth) for mask in masks]) for masks, _, _, truth in cases]
     own = [int(trusted.argmax()) for _, trusted, _, _ in cases]
     mine, sams = (100 * np.mean([e[n] for e, n in zip(ious, chosen, strict=True)]) for chosen in (picked, own))
@@ -195,6 +192,17 @@ def check_pick_mask(answer: Answer) -> None:
     if mine < needed:
         case = f"on {len(cases)} other expressions the mIoU is {mine:.1f}, SAM's own choice has {sams:.1f}"
         raise Wrong(f"{case}, the best one {best:.1f}; expected at least {needed:.1f}", _picking(picked, own, cases))
+
+
+def _picked(answer: Answer, *given: np.ndarray) -> int:
+    """The learner's number of a mask, if it is one."""
+    count = len(given[0])
+    got = _call(answer, f"for {count} masks", *given)
+    number = got.item() if isinstance(got, np.ndarray | np.integer) and np.size(got) == 1 else got
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
+        hint = "return the number of a mask, not the mask" if getattr(got, "shape", None) == given[0][0].shape else ""
+        raise Wrong(f"for {count} masks, got {_short(got)}, expected a number from 0 to {count - 1}", hint)
+    return number
 
 
 def _picking(picked: list[int], own: list[int], cases: list[Asked]) -> str:
