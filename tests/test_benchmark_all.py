@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from filelock import Timeout
+from PIL import Image
 
 from tests import fake_benchmark
 from tests.fake_benchmark import IMAGES, Fake
@@ -97,6 +98,8 @@ def test_everyone_with_costs(split, tmp_path, monkeypatch):
     spec, shipped = answers.read(tmp_path / "out.answers.json.gz")
     assert spec == "fake:val" and list(shipped) == ["fake bright", "fake wide"]
     assert shipped["fake wide"] == benchmark.records("fake wide", "fake:val", limit=5)
+    with Image.open(tmp_path / "out.disagreements.jpg") as picture:
+        assert picture.format == "JPEG"
 
     # A row whose cost nobody measured has gaps; costs of before stay.
     again = benchmark.run(["fake wide"], ["fake:testA"], "out", folder=tmp_path)
