@@ -115,6 +115,23 @@ def test_an_impossible_page_is_refused_before_anything_is_measured(split, tmp_pa
     assert Fake.calls == 0
 
 
+def test_too_many_rows_for_one_table(tmp_path):
+    """Each split gets its own; its name is in the heading, and not in every line."""
+    figures = {"mIoU": {"mean": 10.0, "std": 1.0, "low": 9.0, "high": 11.0}}
+    figures |= {outcome: figures["mIoU"] for outcome in report.OUTCOMES}
+    rows = [{"name": f"m{i}", "data": f"d{i % 2}", "n": 5, "metrics": figures} for i in range(41)]
+    report.write(tmp_path / "few.json", {}, rows[:40])
+    assert (tmp_path / "few.md").read_text() == report.table({"rows": rows[:40]}) + "\n"
+    report.write(tmp_path / "many.json", {}, rows)
+    _, *parts = (tmp_path / "many.md").read_text().split("\n\n## ")
+    assert [part.split()[0] for part in parts] == ["d0", "d1"]
+    lines = [line.split("|") for part in parts for line in part.splitlines() if line.startswith("| m")]
+    assert [line[1].strip() for line in lines if "method" not in line[1]] == [
+        f"m{i}" for i in (*range(0, 41, 2), *range(1, 41, 2))
+    ]
+    assert lines[1][2].strip() == "5"
+
+
 def test_a_picture_of_too_many_rows_shows_one_split():
     metrics = {name: {"mean": 10.0, "low": 9.0, "high": 11.0} for name in ("mIoU", *report.OUTCOMES)}
     rows = [{"name": "m", "data": f"d{i % 5}", "metrics": metrics} for i in range(45)]
