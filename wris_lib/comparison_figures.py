@@ -12,6 +12,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from wris_lib import examples, show
 from wris_lib.contestants import ORACLE
@@ -57,10 +58,13 @@ def cost_picture(results: Results, spec: str) -> Figure:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
+    quartiles = [costs[name]["quartiles"] for name in shown]
+    axes.set_xlim(0.8 * min(low for low, _ in quartiles), 1.6 * max(high for _, high in quartiles))
+    points = {name: (costs[name]["milliseconds"], rows[name]["metrics"]["mIoU"]["mean"]) for name in shown}
     for name in shown:
         figures, cost = rows[name]["metrics"]["mIoU"], costs[name]
         style = told.index(cost["supervision"]) % len(COLORS)
-        x, y, (low, high) = cost["milliseconds"], figures["mean"], cost["quartiles"]
+        (x, y), (low, high) = points[name], cost["quartiles"]
         axes.errorbar(
             *(x, y),
             xerr=[[max(0.0, x - low)], [max(0.0, high - x)]],
@@ -70,9 +74,13 @@ def cost_picture(results: Results, spec: str) -> Figure:
             ms=7,
             lw=0.8,
         )
-        axes.annotate(name, (x, y), (6, 4), textcoords="offset points", fontsize=9)
+        # To the left where another point is close on the right, so that no name covers one.
+        beside = any(1 <= other[0] / x < 2 and abs(other[1] - y) < 5 for n, other in points.items() if n != name)
+        place = {"xytext": (-6, 4), "ha": "right"} if beside else {"xytext": (6, 4)}
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=9, **place)
     axes.set_xlabel("milliseconds an expression", fontsize=10)
     axes.set_ylabel("mIoU (%)", fontsize=10)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
