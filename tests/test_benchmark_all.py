@@ -135,6 +135,9 @@ def test_too_many_rows_for_one_table(tmp_path):
 def test_a_picture_of_too_many_rows_shows_one_split():
     metrics = {name: {"mean": 10.0, "low": 9.0, "high": 11.0} for name in ("mIoU", *report.OUTCOMES)}
     rows = [{"name": "m", "data": f"d{i % 5}", "metrics": metrics} for i in range(45)]
-    labels = [text.get_text() for text in report.picture({"rows": rows}).axes[0].get_yticklabels()]
-    assert labels == ["m, d0"] * 9
-    assert len(report.picture({"rows": rows[:40]}).axes[0].get_yticklabels()) == 40
+    axes = report.picture({"rows": rows}).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["m"] * 9
+    assert axes.get_title(loc="left").startswith("d0: mIoU")
+    axes = report.picture({"rows": rows[:40]}).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()][:2] == ["m, d0", "m, d1"]
+    assert len(axes.get_yticklabels()) == 40 and axes.get_title(loc="left").startswith("mIoU")

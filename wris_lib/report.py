@@ -154,6 +154,8 @@ def picture(results: Results) -> Figure:
     rows = results["rows"]
     if len(rows) > MOST_ROWS:
         rows = [row for row in rows if row["data"] == rows[0]["data"]]
+    splits = {row["data"] for row in rows}
+    labels = [row["name"] if len(splits) == 1 else f"{row['name']}, {row['data']}" for row in rows]
     figure = Figure(figsize=(9, 1.3 + 0.3 * len(rows)), layout="constrained")
     scores, shares = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
     places = range(len(rows))
@@ -165,9 +167,10 @@ def picture(results: Results) -> Figure:
     scores.barh(places, means, xerr=reach, color="#56B4E9", error_kw={"lw": 1})
     for place, mean in zip(places, means, strict=True):
         scores.text(1, place, f"{mean:.1f}", va="center", fontsize=8)
-    scores.set_yticks(places, [f"{row['name']}, {row['data']}" for row in rows], fontsize=9)
+    scores.set_yticks(places, labels, fontsize=9)
     scores.invert_yaxis()
-    scores.set_title("mIoU and its 95 % interval", loc="left", fontsize=10)
+    where = f"{splits.pop()}: " if len(splits) == 1 else ""
+    scores.set_title(f"{where}mIoU and its 95 % interval", loc="left", fontsize=10)
     start = [0.0] * len(rows)
     for outcome in OUTCOMES:
         widths = [row["metrics"][outcome]["mean"] for row in rows]
