@@ -128,15 +128,15 @@ def check_my_order(answer: Answer) -> None:
     measured = _four_ways()
     hints = {
         TURNED: "turned around, the points ask for what lies around the thing",
-        POSITIVE: "negative points are true answers, too; what does SAM not know without them?",
-        LIES: "a point that misses by a little still says “not on this thing”, when it is told as it is",
-        DRAWN: "how much harm does a wrong sign do where the place is right?",
+        POSITIVE: "negative points are true answers, too, and say where the thing ends",
+        LIES: "a point beside the thing that is called positive asks for what lies there, too",
     }
     for first, better in combinations(got, 2):
         gain = measured[better] - measured[first]
         if gain.mean() > 1.96 * gain.std(ddof=1) / np.sqrt(len(gain)):
-            means = f"{measured[first].mean():.2f} against {measured[better].mean():.2f}"
-            raise Wrong(f"on {len(gain)} fresh things {better!r} is better than {first!r}: mIoU {means}", hints[first])
+            means = f"{measured[better].mean():.2f} against {measured[first].mean():.2f}"
+            complaint = f"on {len(gain)} fresh things {better!r} is better than {first!r}: mIoU {means}"
+            raise Wrong(complaint, hints.get(first, ""))
 
 
 @cache
