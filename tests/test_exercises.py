@@ -232,7 +232,7 @@ BORDER_MISTAKES = [
         "the first prediction has 20 of the truth's 200 pixels, 40 of another object and 0 of the ba",
     ),
     (("[8:12]", "[9:12]"), "so it is 'wrong object', expected 'part instead of whole': for a part, no less of it lies"),
-    (("truth[:10]", "truth[8:10]"), "a part covers less than half of the truth; make the truth larger"),
+    (("truth[:10]", "truth[7:10]"), "a part covers less than half of the truth; make the truth larger"),
     (("[8:12]", "[1:10]"), "so it is 'right', expected 'part instead of whole': a failure has an IoU below 0.5"),
     (
         ("other[10:]", "other[11:]", "[8:12]", "[9:12]"),
