@@ -13,6 +13,7 @@ import pytest
 
 from tests import (
     test_exercises,
+    test_exercises_compare,
     test_exercises_curriculum,
     test_exercises_iterprime,
     test_exercises_measured,
@@ -34,6 +35,7 @@ WRONG_ANSWERS = [
     *test_exercises_measured.MISTAKES,
     *test_exercises_pcnet.MISTAKES,
     *test_exercises_ppt.MISTAKES,
+    *test_exercises_compare.MISTAKES,
     *test_exercises_sam.MISTAKES,
 ]
 

@@ -70,6 +70,19 @@ def agreement(found: Mapping[str, Sequence[Record]]) -> Float[np.ndarray, "m m"]
     return same / len(answers)
 
 
+def most_agreed(records: Sequence[Record]) -> int:
+    """Which of several answers to one expression the others agree with most; nobody looks at the truth.
+
+    Args:
+        records: one of each method.
+
+    Returns:
+        The place of the one whose mask has the largest sum of IoUs with the others.
+    """
+    masks = [record["mask"] for record in records]
+    return int((coco_mask.iou(masks, masks, [False] * len(masks)) * (1 - np.eye(len(masks)))).sum(axis=1).argmax())
+
+
 def _from_different_images(records: Iterable[Record], count: int) -> list[Record]:
     """The first record of each image, up to so many."""
     first: dict[int, Record] = {}
