@@ -10,7 +10,7 @@ from open_clip.model import build_model_from_openai_state_dict
 from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
-from tests.backbones.test_paper_stack import noise
+from tests.random_stack import noise
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam, decode_prompts
 from wris_lib.errors import WrisError
