@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from tests import processes
 from wris_lib import train
 from wris_lib.errors import WrisError
 from wris_lib.train import Recipe, fit
@@ -67,21 +67,18 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, precision
     assert [entry["step"] for entry in log] == list(range(12))
 
 
+def train_until_killed(folder):
+    def deadly(step):
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batches(step)
+
+    fit(make_model(), loss, deadly, RECIPE, folder)
+
+
 def test_kill_minus_nine_leaves_a_whole_checkpoint_and_no_debris(tmp_path):
-    script = textwrap.dedent(
-        f"""
-        import os, signal, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_train import *
-        def deadly(step):
-            if step == 10:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return batches(step)
-        fit(make_model(), loss, deadly, RECIPE, {str(tmp_path / "b")!r})
-        """
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    log = tmp_path / "log.txt"
+    assert processes.run(log, train_until_killed, tmp_path / "b") == -signal.SIGKILL, log.read_text()
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint.pt"]
     straight, resumed = make_model(), make_model()
     fit(straight, loss, batches, RECIPE, tmp_path / "a")
