@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -16,6 +17,9 @@ from tests.serving import Server, serving
 
 # From here on, each annotation of a wris_lib function is checked at each call: shapes by jaxtyping, types by beartype.
 install_import_hook("wris_lib", "beartype.beartype")
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are busy, and first calls import things
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,10 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +12,9 @@ from accelerate import PartialState
 from tests import processes
 from tests.backbones import test_clip
 from tests.methods import test_ppt_training
-from tests.methods.test_ppt_curriculum import same_weights
+from tests.methods.test_ppt_curriculum import make_small, same_weights
 from tests.methods.test_ppt_training import tiny_generator
-from wris_lib.methods.ppt import curriculum, training
+from wris_lib.methods.ppt import curriculum
 from wris_lib.methods.ppt.curriculum import Round, Training, train
 from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.training import DATASETS
@@ -28,14 +26,6 @@ ROUNDS = (Round(1, ("H_sem", "D_sem"), 0.5), Round(2, DATASETS, 0.5))  # the sec
 KILLED = Training(steps=10, learning_rate=1e-2)
 ALONE = Training(steps=4, learning_rate=1e-2, precision="fp32")
 SHARED = replace(ALONE, shares=2)
-
-
-def make_small(patch: Callable[[Any, str, Any], None]) -> None:
-    """Batches of three expressions, checkpoints at every other step. `patch` is setattr, or monkeypatch.setattr."""
-    for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
-        patch(training, name, value)
-    recipe = curriculum.Recipe
-    patch(curriculum, "Recipe", lambda *args, **more: recipe(*args, **more | {"checkpoint_every": 2}))
 
 
 def work(folder: Path, name: str, setting: Training, deadly_step: int | None = None) -> PointGenerator:
@@ -62,7 +52,7 @@ def work(folder: Path, name: str, setting: Training, deadly_step: int | None = N
         return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        make_small(patch.setattr)
+        make_small(patch)
         patch.setattr(curriculum, "training_loss", deadly)
         list(train(generator, segmenter, data, ROUNDS, setting, folder / name))
     return generator
