@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -187,6 +185,14 @@ def numbered(number):
     return batches(number) | {"odd": number % 2}
 
 
+def launch(script):
+    """`accelerate launch`, with two processes."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch_command(launch_command_parser().parse_args([*options, "--main_process_port=0", str(script)]))
+
+
 def test_two_processes_match_one(tmp_path):
     one = make_model().append(nn.Linear(1, 1))  # of two processes one has no gradient for the last layer
     initial = {name: tensor.clone() for name, tensor in one.state_dict().items()}
@@ -194,7 +200,7 @@ def test_two_processes_match_one(tmp_path):
     recipe = replace(RECIPE, shares=2)
     log = fit(one, unused_in_even_shares, numbered, recipe, tmp_path / "one")
 
-    script = tmp_path / "script.py"
+    script, log = tmp_path / "script.py", tmp_path / "log.txt"
     script.write_text(f"""
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -203,11 +209,7 @@ model = make_model().append(nn.Linear(1, 1))
 model.load_state_dict(torch.load({str(tmp_path / "initial.pt")!r}, weights_only=True))
 fit(model, unused_in_even_shares, numbered, replace(RECIPE, shares=2), {str(tmp_path / "two")!r})
 """)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr
+    assert processes.run(log, launch, script) == 0, log.read_text()
 
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     for name, tensor in one.state_dict().items():
