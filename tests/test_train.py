@@ -200,7 +200,7 @@ def test_two_processes_match_one(tmp_path):
     recipe = replace(RECIPE, shares=2)
     log = fit(one, unused_in_even_shares, numbered, recipe, tmp_path / "one")
 
-    script, log = tmp_path / "script.py", tmp_path / "log.txt"
+    script, said = tmp_path / "script.py", tmp_path / "log.txt"
     script.write_text(f"""
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -209,7 +209,7 @@ model = make_model().append(nn.Linear(1, 1))
 model.load_state_dict(torch.load({str(tmp_path / "initial.pt")!r}, weights_only=True))
 fit(model, unused_in_even_shares, numbered, replace(RECIPE, shares=2), {str(tmp_path / "two")!r})
 """)
-    assert processes.run(log, launch, script) == 0, log.read_text()
+    assert processes.run(said, launch, script) == 0, said.read_text()
 
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     for name, tensor in one.state_dict().items():
