@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import hypothesis
@@ -33,6 +34,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("WRIS_STACK", raising=False)
         patch.delenv("WRIS_DATA", raising=False)
         yield folder
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are composed, but not painted: each is a number. For tests that change a lab often and do not look."""
+    from wris_lib.show import Picture
+
+    numbers = count()
+    monkeypatch.setattr(Picture, "_encode", lambda *_: b"%d" % next(numbers))
 
 
 @pytest.fixture
