@@ -26,10 +26,11 @@ ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: setup
 	@$(VENV_PYTHON) -m jupyterlab $(ALLOW_ROOT) notebooks/00_start_here.ipynb
 
+# nbmake is for notebooks only; each process of the unit tests would take seconds to import it.
 test: setup
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
-	$(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests
+	$(VENV_PYTHON) -m pytest -p no:nbmake -n auto --maxprocesses 4 --dist loadfile tests
 	$(VENV_PYTHON) -m pytest --nbmake notebooks
 
 student assignments: setup

@@ -1,15 +1,13 @@
 """Everyone at once: rows shared by processes, what they cost, and a page; with a method whose figures are known."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from filelock import Timeout
 from PIL import Image
 
-from tests import fake_benchmark
+from tests import fake_benchmark, processes
 from tests.fake_benchmark import IMAGES, Fake
 from wris_lib import answers, benchmark, contestants, report
 from wris_lib.errors import WrisError
@@ -20,21 +18,14 @@ def split(tmp_path, monkeypatch) -> Path:
     return fake_benchmark.prepare(tmp_path, monkeypatch)
 
 
+def help_along(split: Path, folder: Path) -> None:
+    """The work of one of two processes; leaves the number of its predictions."""
+    calls = fake_benchmark.run_slowly(split, folder / "two", 0.2)
+    (folder / f"calls{os.environ['RANK']}").write_text(str(calls))
+
+
 def test_two_processes_share_the_work_and_say_the_same(split, tmp_path, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
-        "from tests.fake_benchmark import run_slowly\n"
-        "split, folder, calls = sys.argv[1:]\n"
-        "print(run_slowly(split, folder, '0.2'), file=open(calls + os.environ['RANK'], 'w'))\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(script), str(split), str(tmp_path / "two"), str(tmp_path / "calls")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert result.returncode == 0, result.stderr
+    processes.run_two(tmp_path, help_along, split, tmp_path)
     calls = [int((tmp_path / f"calls{rank}").read_text()) for rank in range(2)]
     assert min(calls) >= 2 and sum(calls) == 2 * (IMAGES + 2)
 
