@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,8 +204,8 @@ def test_two_processes_match_one(tmp_path):
     script, said = tmp_path / "script.py", tmp_path / "log.txt"
     script.write_text(f"""
 import sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_train import *
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from tests.test_train import *
 model = make_model().append(nn.Linear(1, 1))
 model.load_state_dict(torch.load({str(tmp_path / "initial.pt")!r}, weights_only=True))
 fit(model, unused_in_even_shares, numbered, replace(RECIPE, shares=2), {str(tmp_path / "two")!r})
