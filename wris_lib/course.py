@@ -5,7 +5,7 @@ full size takes seconds for each; so a notebook names what it shows on the toy s
 stack at hand:
 
     load(split("toyref:val")).items     # of "refcoco:val"
-    few(80)                             # 10
+    few(80)                             # 4
     mark_cells()                        # under every cell stands from now on which stack this is
 
 Object-centric pictures are the toy world's on both stacks, as are pictures whose parts are asked for: RefCOCO has none.
@@ -22,7 +22,8 @@ from IPython import get_ipython
 from wris_lib.backbones.checkpoints import default_stack, get_stack
 
 REAL = {"toyref": "refcoco", "toyref+": "refcoco+", "toyrefg": "refcocog"}
-SHARE = {"cuda": 2, "cpu": 8}  # with the paper stack a half or an eighth of what the toy stack does
+# With the paper stack a half or a twentieth of what the toy stack does: SAM alone looks at a picture for 20 s of CPU.
+SHARE = {"cuda": 2, "cpu": 20}
 
 T = TypeVar("T")
 
