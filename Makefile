@@ -9,11 +9,12 @@ export IPYTHONDIR := $(CURDIR)/.venv/etc/ipython
 export MPLCONFIGDIR := $(CURDIR)/.venv/etc/matplotlib
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help lab test book setup student assignments
+.PHONY: help lab test test-students book setup student assignments
 
 help:
 	@echo "make lab          open the course in JupyterLab"
 	@echo "make test         check style, run the unit tests and every notebook"
+	@echo "make test-students  run the students' copies of the notebooks"
 	@echo "make setup        only make the environment, in .venv"
 	@echo "make book         build the course as a site, in build/book"
 	@echo "make student      write the notebooks without their solutions, into build/student"
@@ -33,6 +34,9 @@ test: setup
 
 student assignments: setup
 	@$(VENV_PYTHON) scripts/assignments.py $@
+
+test-students: setup
+	$(VENV_PYTHON) -m pytest -n auto --maxprocesses 2 tests/students.py
 
 # The cache holds what was read without a warning, so it must not outlive one that was not mended.
 book: .venv/book-packages

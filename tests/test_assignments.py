@@ -17,6 +17,7 @@ from tests import (
     test_exercises_iterprime,
     test_exercises_pcnet,
     test_exercises_ppt,
+    test_exercises_sam,
 )
 from tests.test_setup import script
 from wris_lib.errors import WrisError
@@ -31,6 +32,7 @@ WRONG_ANSWERS = [
     *test_exercises_iterprime.MISTAKES,
     *test_exercises_pcnet.MISTAKES,
     *test_exercises_ppt.MISTAKES,
+    *test_exercises_sam.MISTAKES,
 ]
 
 

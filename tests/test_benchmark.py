@@ -326,7 +326,7 @@ def test_table_and_picture_come_from_the_json_alone(split, tmp_path):
 def test_a_method_without_a_map_has_a_gap_in_the_table():
     row = {"name": "sam box", "data": "d", "n": 1, "metrics": {"mIoU": {"mean": 90.0, "std": 1.0}}}
     assert (
-        report.table({"rows": [row]}, ("mIoU", "PointM")).splitlines()[2]
+        report.table({"rows": [row]}, columns=("mIoU", "PointM")).splitlines()[2]
         == "| sam box | d    | 1 | 90.0 ± 1.0 |      – |"
     )
 
