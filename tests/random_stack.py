@@ -32,7 +32,7 @@ from wris_lib.files import sha256
 from wris_lib.pretrain.albef import write_vocabulary
 
 EXPRESSIONS = ["the man in the green shirt", "a dog left of the car"]
-NOTE = "Its weights are random: figures made with it mean nothing."
+NOTE = "random weights: its figures mean nothing"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 
 from wris_lib import course
 from wris_lib.backbones.checkpoints import STACKS
@@ -26,7 +27,7 @@ def test_on_the_paper_stack_data_are_real_and_fewer(paper):
     assert [course.split(spec) for spec in specs] == [
         *("refcoco:val", "refcoco+:testA", "refcocog:train", "toyobjects:val", "toycut:val")
     ]
-    assert [course.few(count) for count in (80, 30, 3, 1)] == [10, 3, 2, 1]
+    assert [course.few(count) for count in (80, 30, 3, 1)] == [4, 2, 2, 1]
     paper.setattr(torch.cuda, "is_available", lambda: True)
     assert course.few(80) == 40
     paper.setenv("WRIS_DATASET", "mine")
@@ -36,14 +37,55 @@ def test_on_the_paper_stack_data_are_real_and_fewer(paper):
 def test_a_draw_is_a_choice_without_repetition(paper):
     items = [f"item {number}" for number in range(50)]
     found = course.draw(items, 200, seed=3)
-    assert len(set(found)) == 25 and set(found) <= set(items) and found == course.draw(items, 200, seed=3)
+    assert len(set(found)) == 10 and set(found) <= set(items) and found == course.draw(items, 200, seed=3)
     assert found != course.draw(items, 200, seed=4)
     assert sorted(course.draw(items[:4], 200)) == items[:4]
 
 
+def test_pictures_are_taken_at_even_distances(paper):
+    numbers = list(range(400))
+    assert course.every(numbers, 10, 40) == numbers[::10][:2]
+    assert course.every(numbers[:4], 8, 120, start=4) == numbers[:4]
+    assert course.every(numbers[:30], 8, 100, start=4) == [4, 10, 16, 22, 28]
+    paper.setenv("WRIS_STACK", "toy")
+    assert course.every(numbers, 8, 40, start=4) == numbers[4::8][:40]
+
+
+def test_titles_name_the_pictures(paper):
+    assert [course.named(spec) for spec in ("toyref:val", "toyref+:testA")] == ["refcoco val", "refcoco+ testA"]
+    paper.setenv("WRIS_STACK", "toy")
+    assert [course.named(spec) for spec in ("toyref:val", "toyref+:testA")] == ["ToyRef val", "ToyRef+ testA"]
+
+
 def test_readers_are_told(paper):
-    assert course.remark() == (
-        "paper stack on refcoco:val; the text, and figures from results/, tell of the toy stack."
-    )
-    paper.setitem(STACKS, "paper", replace(STACKS["paper"], note="Its weights are random."))
-    assert course.remark().endswith("tell of the toy stack. Its weights are random.")
+    of_the_text = "the text, and figures from results/, tell of the toy stack"
+    assert course.remark() == f"paper stack, scenes of RefCOCO; {of_the_text}"
+    paper.setenv("WRIS_DATASET", "mine")
+    paper.setitem(STACKS, "paper", replace(STACKS["paper"], note="random weights"))
+    assert course.remark() == f"paper stack (random weights), scenes of mine; {of_the_text}"
+
+
+@pytest.fixture
+def notebook(monkeypatch) -> InteractiveShell:
+    """A kernel's shell, as the library sees it."""
+    shell = InteractiveShell()
+    shell.history_manager.enabled = False
+    monkeypatch.setattr(course, "get_ipython", lambda: shell)
+    return shell
+
+
+def test_a_remark_stands_under_every_cell(paper, notebook, capsys):
+    course.mark_cells()
+    course.mark_cells()
+    notebook.run_cell("print('a figure')")
+    assert capsys.readouterr().out == f"a figure\n[{course.remark()}]\n"
+
+
+def test_cells_on_the_toy_stack_have_no_remark(notebook, capsys):
+    course.mark_cells()
+    notebook.run_cell("print('a figure')")
+    assert capsys.readouterr().out == "a figure\n"
+
+
+def test_outside_a_notebook_there_are_no_cells_to_mark(paper):
+    course.mark_cells()

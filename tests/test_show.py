@@ -1,6 +1,7 @@
 """Pictures are looked at by people; here is what a machine can see: what is drawn where, sizes, odd input."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,12 @@ def test_stages_has_a_panel_a_step_and_a_candidate():
         "candidate 2\npredicted IoU 0.80, chosen",
         "candidate 3\npredicted IoU 0.30",
     ]
+
+
+def test_stages_without_candidates_say_so():
+    nothing = Stage("proposals", "nothing was proposed", masks=np.zeros((0, 48, 64), dtype=bool), scores=np.zeros(0))
+    picture = show.stages(IMAGE, replace(PREDICTION, trace=[nothing]), "the left dog", REFERENT)
+    assert titles(picture) == ["“the left dog”", "proposals\nnothing was proposed"]
 
 
 def test_judged_says_what_became_of_it(tmp_path):

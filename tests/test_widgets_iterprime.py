@@ -285,11 +285,14 @@ def test_what_cannot_be_shown_is_refused(method):
         RefinementLab("nowhere.jpg", SENTENCE, method)
     with pytest.raises(WrisError, match="the expression is empty"):
         RefinementLab(IMAGE, "", method)
+
+
+def test_without_proposals_there_are_maps_and_no_mask(method):
     method.propose.count = 0
-    with pytest.raises(
-        WrisError, match="SAM proposes nothing in this image, so there is nothing to choose from; try another"
-    ):
-        RefinementLab(IMAGE, SENTENCE, method)
+    lab = RefinementLab(IMAGE, SENTENCE, method)
+    assert lab.choice is None and lab.mask.shape == lab.response_map.shape and not lab.mask.any()
+    assert "SAM proposes nothing in this image, so there is no mask; try another image." in lab._message.value
+    assert [axes.get_title() for axes in lab.render().figure.axes][-1].startswith("mask\nSAM proposes nothing")
 
 
 def test_the_default_is_that_of_the_stack(method, monkeypatch):

@@ -5,7 +5,8 @@ full size takes seconds for each; so a notebook names what it shows on the toy s
 stack at hand:
 
     load(split("toyref:val")).items     # of "refcoco:val"
-    few(80)                             # 10
+    few(80)                             # 4
+    mark_cells()                        # under every cell stands from now on which stack this is
 
 Object-centric pictures are the toy world's on both stacks, as are pictures whose parts are asked for: RefCOCO has none.
 """
@@ -16,11 +17,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from IPython import get_ipython
 
 from wris_lib.backbones.checkpoints import default_stack, get_stack
 
 REAL = {"toyref": "refcoco", "toyref+": "refcoco+", "toyrefg": "refcocog"}
-SHARE = {"cuda": 2, "cpu": 8}  # with the paper stack a half or an eighth of what the toy stack does
+# With the paper stack a half or a twentieth of what the toy stack does: SAM alone looks at a picture for 20 s of CPU.
+SHARE = {"cuda": 2, "cpu": 20}
 
 T = TypeVar("T")
 
@@ -60,10 +63,48 @@ def draw(items: Sequence[T], count: int, seed: int = 0) -> list[T]:
     return [items[index] for index in chosen]
 
 
+def every(items: Sequence[T], step: int, count: int, start: int = 0) -> list[T]:
+    """`few(count)` of a sequence, evenly apart: `step`, or less where the sequence is too short for that.
+
+    Args:
+        items: to choose from.
+        step: on the toy stack.
+        count: at most so many, on the toy stack.
+        start: the first one's number.
+    """
+    step = max(1, min(step, len(items) // few(count)))
+    return list(items[start % step :: step][: few(count)])
+
+
+def named(toy: str) -> str:
+    """What titles call the default stack's `split`: "ToyRef val", "refcoco val".
+
+    Args:
+        toy: one of `REAL`, and its part, such as "toyref:val".
+    """
+    found = split(toy)
+    return found.replace("toyref", "ToyRef").replace(":", " ")
+
+
 def remark() -> str:
     """A line for the head of a notebook: which stack this is, and whose figures its text tells."""
     stack = get_stack()
     if stack.name == "toy":
         return "toy stack"
-    note = f"{stack.name} stack on {split('toyref:val')}; the text, and figures from results/, tell of the toy stack"
-    return f"{note}. {stack.note}".strip()
+    note = f" ({stack.note})" if stack.note else ""
+    data = os.environ.get("WRIS_DATASET") or "RefCOCO"
+    return f"{stack.name} stack{note}, scenes of {data}; the text, and figures from results/, tell of the toy stack"
+
+
+def mark_cells() -> None:
+    """Print `remark` under every cell of this notebook from here on, unless the stack is the toy one.
+
+    A figure that is copied out of a notebook leaves the notebook's head behind.
+    """
+    shell = get_ipython()
+    if shell is not None and default_stack() != "toy":
+        shell.events.register("post_run_cell", _mark)  # a second time changes nothing
+
+
+def _mark(result: object) -> None:
+    print(f"[{remark()}]")

@@ -164,7 +164,7 @@ def stages(
     for stage in prediction.trace:
         if stage.points is not None:
             points, labels = stage.points, stage.point_labels
-        if stage.masks is None:
+        if stage.masks is None or not len(stage.masks):
             panels.append(
                 Panel(image, f"{stage.name}\n{stage.note}", None, None, stage.response_map, stage.points, labels)
             )

@@ -22,6 +22,7 @@ from PIL import Image
 
 from wris_lib.backbones.itm import Matcher
 from wris_lib.backbones.language import NOUNS, Parse, Word
+from wris_lib.backbones.proposals import NO_PROPOSALS
 from wris_lib.data.images import check_expression, load_image
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import peak
@@ -68,13 +69,13 @@ class RefinementLab(Lab):
         question: the present one.
         refined: what came of it, look by look.
         response_map: [H, W] in [0, 1], the average that is returned, at the image's size.
-        choice: among the proposals.
+        choice: among the proposals; None where there are none.
     """
 
     question: Question
     refined: Refined
     response_map: Float[np.ndarray, "H W"]
-    choice: Choice
+    choice: Choice | None
 
     def __init__(self, image: ImageSource, sentence: str, method: IterPrime | None = None) -> None:
         """Encode the image and make proposals, which is the slow part.
@@ -85,8 +86,7 @@ class RefinementLab(Lab):
             method: with which settings to start; by default that of the default stack.
 
         Raises:
-            WrisError: the image cannot be read; the sentence is empty; SAM proposes nothing; the stack's weights are
-                missing or damaged.
+            WrisError: the image cannot be read; the sentence is empty; the stack's weights are missing or damaged.
         """
         super().__init__()
         self.image = load_image(image)
@@ -94,10 +94,6 @@ class RefinementLab(Lab):
         self._matcher = _remembering(self.method.matcher, self.image)
         proposals = self.method.propose(self.image)
         self.proposals = proposals[proposals.any(axis=(1, 2))]
-        if not len(self.proposals):
-            raise WrisError(
-                "SAM proposes nothing in this image, so there is nothing to choose from; try another image."
-            )
         self.view = self._build()
         parse = self._parse(sentence)
         layer = self._matcher.layer if self.method.layer is None else self.method.layer
@@ -105,8 +101,8 @@ class RefinementLab(Lab):
 
     @property
     def mask(self) -> Bool[np.ndarray, "H W"]:
-        """The chosen proposal."""
-        return self.proposals[self.choice.index]
+        """The chosen proposal; where there are none, nothing."""
+        return self.proposals[self.choice.index] if self.choice else np.zeros(self.response_map.shape, dtype=bool)
 
     def set_sentence(self, text: str) -> None:
         """Look for something else, with the primary word that the parser finds in it.
@@ -201,7 +197,7 @@ class RefinementLab(Lab):
         average = self.refined.response_map.unflatten(0, shape).cpu().numpy()
         title = f"average\nprimary word: {self._primary.value}"
         panels.append(Panel(self.image, title, response_map=average, points=points))
-        title = f"mask\nscore {self.choice.scores[self.choice.index]:.2f}"
+        title = "mask\n" + (f"score {self.choice.scores[self.choice.index]:.2f}" if self.choice else NO_PROPOSALS)
         panels.append(Panel(self.image, title, mask=self.mask, points=points))
         picture = grid(panels, columns=6, inches=2.0)
         width, height = self.image.size
@@ -230,16 +226,13 @@ class RefinementLab(Lab):
         (refined,) = method.look(self.image, [question.parse.expression], [question.primary])
         width, height = self.image.size
         response_map = upsample(refined.response_map.unflatten(0, self._matcher.grid), (height, width))
-        choice = choose(response_map, self.proposals)
+        choice = choose(response_map, self.proposals) if len(self.proposals) else None
         # Only now: where a model failed, the lab stays as it was.
         self.question, self.refined, self.response_map, self.choice = question, refined, response_map, choice
         self._follow()
         self._result.value = self.render().jpeg
         looks = [f"{_name(number, each).capitalize()}: {_verdict(each)}." for number, each in enumerate(refined.passes)]
-        chosen = f"The mask is proposal {choice.index + 1} of {len(self.proposals)}"
-        if choice.fell_back:
-            chosen += ", the best of all, since none holds the peak without lying scattered"
-        self._say(f"{' '.join(looks)} {chosen}.")
+        self._say(f"{' '.join(looks)} {_told(choice)}.")
 
     def _set_controls(self) -> None:
         question, settings = self.question, self.question.settings
@@ -312,6 +305,13 @@ def _names(parse: Parse) -> dict[str, Word | None]:
 
 def _name(number: int, look: Pass) -> str:
     return f"pass {number}, {(~look.visible).float().mean():.1%} hidden" if number else "first look"
+
+
+def _told(choice: Choice | None) -> str:
+    if choice is None:
+        return f"{NO_PROPOSALS}, so there is no mask; try another image"
+    chosen = f"The mask is proposal {choice.index + 1} of {len(choice.scores)}"
+    return chosen + (", the best of all, since none holds the peak without lying scattered" if choice.fell_back else "")
 
 
 def _verdict(look: Pass) -> str:

@@ -369,6 +369,7 @@ def test_without_proposals_the_mask_is_empty(picture, proposing, name):
     assert found.mask.shape == found.response_map.shape == size and not found.mask.any()
     assert not found.response_map.any() and len(found.points) == 0 and found.score == 0
     assert [stage.note for stage in found.trace] == ["SAM proposes nothing in this image"]
+    assert found.trace[0].masks.shape == (0, *size) and found.trace[0].scores.shape == (0,)
 
 
 @pytest.mark.parametrize("name", NAMES)

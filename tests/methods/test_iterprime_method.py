@@ -348,7 +348,8 @@ def test_without_proposals_the_mask_is_empty(build, count):
         (found,) = nothing.predict(picture(0), ["dog"])
     (usual,) = quartered.predict(picture(0), ["dog"])
     assert found.mask.shape == (40, 50) and not found.mask.any()
-    assert found.trace[-1].note == "SAM proposes nothing in this image" and found.trace[-1].masks is None
+    assert found.trace[-1].note == "SAM proposes nothing in this image" and found.trace[-1].masks.shape == (0, 40, 50)
+    assert found.trace[-1].scores.shape == (0,)
     assert np.array_equal(found.response_map, usual.response_map) and np.array_equal(found.points, usual.points)
 
 

@@ -126,11 +126,11 @@ def test_run_again_it_is_done_already(asked, package, tmp_path, monkeypatch):
 
 def test_every_figure_of_the_card_is_this_runs(clip):
     crm = Crm(configure(clip, stages=3, modulation="VTA+ADD"))
-    setting = Training(steps=9, learning_rate=3e-4, seed=5, region_shrinking=0.25, disambiguation=0.5)
+    setting = Training(steps=9, learning_rate=3e-4, seed=5, region_shrinking=0.25, disambiguation=0.5, images=12)
     log = [{"step": n, "seconds": 75.0, "loss": 3.0, "cls": 1.0 - n / 4, "iad": 0.5} for n in range(2)]
     text = sentences(model_card("pcnet", crm, pairs([[0, 1], [0]]), setting, log, "the command", ("a:train",)))
     assert "3 stages, VTA+ADD" in text and "3 expressions of 2 images (a:train)" in text
-    assert "`the command`: seed 5, 9 steps of 36 images, AdamW, learning rate 0.0003 with a cosine, bf16" in text
+    assert "`the command`: seed 5, 9 steps of 12 images, AdamW, learning rate 0.0003 with a cosine, bf16" in text
     assert "L_cls 1, L_RaS 0.25, L_IaD 0.5" in text and "At the end: cls 0.750, iad 0.500." in text
     assert ", 2.5 minutes of steps on" in text
 

@@ -293,6 +293,13 @@ def test_no_image_with_another_referent(five):
 # -------------------------------------------------------------------------------------------------------------- a run
 
 
+def test_a_few_images_are_enough_for_smaller_steps(five, tmp_path):
+    with pytest.raises(WrisError, match="a batch of 36 images cannot be drawn from 5"):
+        run.train(module(), five, Training(steps=1), tmp_path / "paper's")
+    (step,) = run.train(module(), five, Training(steps=1, images=4), tmp_path / "smaller")
+    assert np.isfinite(step["loss"])
+
+
 def weights(crm: Crm) -> list[torch.Tensor]:
     return [*crm.state_dict().values()]
 

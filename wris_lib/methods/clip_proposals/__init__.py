@@ -70,7 +70,7 @@ class ClipProposals(Method):
         proposals = not_empty(proposals)
         if not len(proposals):
             nothing = np.zeros((image.height, image.width), dtype=bool)
-            stage = Stage("proposals", NO_PROPOSALS)
+            stage = Stage("proposals", NO_PROPOSALS, masks=proposals, scores=np.zeros(0))
             return [Prediction(nothing, nothing.astype(np.float32), *NO_POINTS, 0.0, [stage]) for _ in expressions]
         scores = (self.texts(expressions) @ self.images(image, proposals).T).float().cpu().numpy()
         return [_choose(proposals, each) for each in scores]

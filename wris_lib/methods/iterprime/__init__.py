@@ -184,7 +184,7 @@ class IterPrime(Method):
             trace.append(Stage("proposals", note, masks=proposals, scores=choice.scores))
         else:
             mask = np.zeros((image.height, image.width), dtype=bool)
-            trace.append(Stage("proposals", NO_PROPOSALS))
+            trace.append(Stage("proposals", NO_PROPOSALS, masks=proposals, scores=np.zeros(0)))
         x, y = peak(response_map)
         points, labels = np.array([[x + 0.5, y + 0.5]], dtype=np.float32), np.ones(1, dtype=int)
         score = refined.passes[0].probability

@@ -19,7 +19,7 @@ from wris_lib.data import load_training
 from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write, write_json
 from wris_lib.methods.pcnet.crm import Crm, CrmConfig
-from wris_lib.methods.pcnet.training import IMAGES_PER_STEP, Batches, Training, TrainingData, encode, training_loss
+from wris_lib.methods.pcnet.training import Batches, Training, TrainingData, encode, training_loss
 from wris_lib.train import fit
 
 TOY_DATA = ("toyref:train", "toyrefg:train")
@@ -50,7 +50,7 @@ def load_data(stack: str, splits: tuple[str, ...] = TOY_DATA, proposals: bool = 
 def train(crm: Crm, data: TrainingData, training: Training, folder: Path) -> list[dict[str, int | float]]:
     """Train in place through the shared loop; a checkpoint in `folder` is resumed. Returns the loop's log."""
     others = training.others if training.disambiguation else 0
-    batches = Batches(data, crm.config.stages, others, training.seed, bool(training.region_shrinking))
+    batches = Batches(data, crm.config.stages, others, training.seed, bool(training.region_shrinking), training.images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return fit(crm, training_loss(training), batches, training.recipe, folder, device)
 
@@ -151,7 +151,7 @@ def model_card(
 
 **Data.** {len(data.sentence)} expressions of {len(data.visual)} images ({", ".join(splits)}). No mask, box or point.
 
-**Recipe.** `{command}`: seed {training.seed}, {training.steps} steps of {IMAGES_PER_STEP} images, AdamW,
+**Recipe.** `{command}`: seed {training.seed}, {training.steps} steps of {training.images} images, AdamW,
 learning rate {training.learning_rate:g} with a cosine, {training.recipe.precision}; L_cls 1, {weights}.
 At the end: {terms}.
 

@@ -45,7 +45,7 @@ class Training:
     """How to train.
 
     Args:
-        steps: of `IMAGES_PER_STEP` images.
+        steps: how many.
         learning_rate: the peak.
         seed: of everything drawn.
         region_shrinking: weight of L_RaS.
@@ -53,6 +53,7 @@ class Training:
             of 1/36 are what equal weights, as the paper has them, are for a single sentence.
         others: N_d, sentences about other things in the image for L_IaD.
         as_written: take L_RaS and L_IaD as the paper writes them.
+        images: of a step, each with a sentence.
     """
 
     steps: int = 300
@@ -62,6 +63,7 @@ class Training:
     disambiguation: float = 1 / IMAGES_PER_STEP
     others: int = 1
     as_written: bool = False
+    images: int = IMAGES_PER_STEP
 
     @property
     def recipe(self) -> Recipe:
