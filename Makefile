@@ -6,6 +6,7 @@ VENV_PYTHON := .venv/bin/python
 export JUPYTER_CONFIG_DIR := $(CURDIR)/.venv/etc/jupyter-user
 export JUPYTER_DATA_DIR := $(CURDIR)/.venv/share/jupyter-user
 export IPYTHONDIR := $(CURDIR)/.venv/etc/ipython
+export JUPYTER_CONFIG_PATH := $(CURDIR)/scripts/jupyter$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH))
 export MPLCONFIGDIR := $(CURDIR)/.venv/etc/matplotlib
 unexport PYTHONPATH PYTHONHOME
 
@@ -23,7 +24,7 @@ help:
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lab: setup
-	@$(VENV_PYTHON) -m jupyterlab $(ALLOW_ROOT) notebooks/00_start_here.ipynb
+	@$(VENV_PYTHON) -m jupyterlab $(ALLOW_ROOT) --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
 test: setup
 	$(VENV_PYTHON) -m ruff check

@@ -264,12 +264,12 @@ class RefinementLab(Lab):
         )
         self._threshold, self._decay = (
             ipywidgets.FloatSlider(
-                least, min=least, max=1, step=0.01, description=name, continuous_update=False, layout={"width": "300px"}
+                least, min=least, max=1, step=0.01, description=name, continuous_update=False, layout={"width": "270px"}
             )
             for name, least in (("θ", 0.01), ("λ", 0))
         )
         self._passes = ipywidgets.IntSlider(
-            0, 0, 6, description="ν", continuous_update=False, layout={"width": "300px"}
+            0, 0, 6, description="ν", continuous_update=False, layout={"width": "270px"}
         )
         for control, action in (
             (self._text, self.set_sentence),

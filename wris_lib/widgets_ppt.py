@@ -194,17 +194,19 @@ class PromptLab(Lab):
         mask: Bool[np.ndarray, "H W"],
     ) -> None:
         self.query, self.points, self.labels, self.mask = query, points, labels, mask
-        self._show()
         self._result.value = self.render().jpeg
-        positive = int(labels.sum())
-        worth = f"the mask covers {mask.mean():.0%} of the image"
-        if self.referent is not None:
-            worth = f"IoU {self.iou:.2f}, with the generator's own points {iou(self._proposed[2], self.referent):.2f}"
-        self._say(f"Query {query}, {positive} positive and {len(labels) - positive} negative points: {worth}.")
+        self._show()
 
     def _show(self) -> None:
         self._follow()
         self._picture.jpeg = self._draw_picture().jpeg
+        positive = int(self.labels.sum())
+        worth = f"the mask covers {self.mask.mean():.0%} of the image"
+        if self.referent is not None:
+            worth = f"IoU {self.iou:.2f}, with the generator's own points {iou(self._proposed[2], self.referent):.2f}"
+        self._say(
+            f"Query {self.query}, {positive} positive and {len(self.labels) - positive} negative points: {worth}."
+        )
 
     def _set_controls(self) -> None:
         self._query.value, self._point.value = self.query, self.point
@@ -242,7 +244,7 @@ class PromptLab(Lab):
         self._point = ipywidgets.ToggleButtons(
             options=range(number), description="point", tooltips=["the point to be moved"] * number
         )
-        self._point.style.button_width = "40px"
+        self._point.style.button_width = "36px"  # sixteen of them fit beside the label
         self._label = ipywidgets.ToggleButtons(
             options={"Positive": 1, "Negative": 0},
             tooltips=["the point is on the object", "the point is not on the object"],

@@ -1,0 +1,39 @@
+"""A notebook with one of each fault that the tests in the browser are there to find; a test says what they found."""
+
+import time
+
+import ipywidgets
+from IPython.display import HTML, Javascript, display
+from PIL import Image
+
+# %% wide
+display(HTML("<div style='width: 3000px'>wide</div>"))
+
+# %% console
+display(Javascript("console.error('spoken to the console'); new Image().src = 'http://192.0.2.1/picture.png'"))
+
+# %% lab
+picture = ipywidgets.Image(value=Image.new("RGB", (40, 40), "red")._repr_jpeg_(), format="jpeg")
+dead, slow = ipywidgets.IntSlider(description="dead"), ipywidgets.Text(description="slow", continuous_update=False)
+unnamed = ipywidgets.Checkbox()
+
+
+def answer(change):
+    time.sleep(1)
+    picture.value = Image.new("RGB", (40, 40), "blue")._repr_jpeg_()
+
+
+slow.observe(answer, "value")
+pale = ipywidgets.HTML("<span style='color: #aaa; background: #fff'>pale</span>")
+ipywidgets.VBox([dead, slow, unnamed, pale, picture])
+
+# %% refusing
+button, message = ipywidgets.Button(description="Refuse"), ipywidgets.Label()
+button.on_click(lambda _: setattr(message, "value", "✘ no"))
+ipywidgets.VBox([button, message])
+
+# %% failing
+raise ValueError("as was to be shown")
+
+# %% never
+print("nobody comes here")
