@@ -1,5 +1,6 @@
 """The controls of a lab by their kinds, and how each is worked as a person would."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ def _click_picture(picture: Locator, _: Path) -> Iterator[None]:
 
 
 def _move_slider(slider: Locator, _: Path) -> Iterator[None]:
-    box = slider.bounding_box()
-    for share in (0.02, 0.98):
+    """To the end that is further away, then to the other one."""
+    handle, box = slider.locator(".noUi-handle"), slider.bounding_box()
+    least, now, most = (float(handle.get_attribute(f"aria-value{name}")) for name in ("min", "now", "max"))
+    ends = (0.02, 0.98) if now > (least + most) / 2 else (0.98, 0.02)
+    for share in ends:
         slider.click(position={"x": share * box["width"], "y": box["height"] / 2}, force=True)
         yield
 
@@ -83,9 +87,13 @@ KINDS = {
     "button": Kind("button.widget-button", _press),
 }
 ANY = ", ".join(kind.selector for kind in KINDS.values())
-NAME = """control => (control.title || control.closest('.jupyter-widgets').querySelector(':scope > label')?.textContent
-    || control.textContent || control.placeholder || control.alt || '').trim()"""
+NAME = """control => {
+    const own = control.closest(".jupyter-widgets:not(.widget-box)") ?? control;
+    const { title, textContent, placeholder, alt } = control;
+    return (title || own.querySelector("label")?.textContent || textContent || placeholder || alt || "").trim();
+}"""
 WITHIN = "(control, selector) => control.closest(selector) !== null"
+DRAWING = 20  # seconds
 AGAIN, GO = ("Clear", "Reset"), ("Add",)  # buttons that take everything back, and that do what controls are set to
 
 
@@ -123,12 +131,17 @@ class LabOnPage:
         """
         self.page, self.cell, self.upload = page, cell, upload
         self.output = page.show(cell)
-        seen = None
-        while seen != (seen := self.output.inner_text()):  # widgets are drawn one after the other
-            page.page.wait_for_timeout(300)
+        self._wait()
         self.answers: list[Answer] = []
         self.idle: list[str] = []
         self._told: set[str] = set()  # buttons whose effect was seen together with another control's
+
+    def _wait(self) -> None:
+        """Until all is drawn: widgets come one after the other, and their texts after them."""
+        self.output.locator(".jupyter-widgets").first.wait_for(state="attached")
+        seen, end = None, time.monotonic() + DRAWING
+        while seen != (seen := self.names()) or not all(seen) and time.monotonic() < end:
+            self.page.page.wait_for_timeout(300)
 
     def unknown(self) -> list[str]:
         """Controls of a kind that nobody here knows how to work."""

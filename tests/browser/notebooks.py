@@ -44,10 +44,13 @@ def upload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def labs(page: NotebookPage, upload: Path) -> list[LabOnPage]:
+def labs(page: NotebookPage, upload: Path) -> Iterator[LabOnPage]:
     """The cells that show something to click on. Progress bars are widgets, too, but have no controls."""
-    shown = [cell for cell in page.cells() if any(WIDGET in output.get("data", {}) for output in cell["outputs"])]
-    return [lab for lab in (LabOnPage(page, cell, upload) for cell in shown) if lab.names()]
+    for cell in page.cells():
+        if any(WIDGET in output.get("data", {}) for output in cell["outputs"]):
+            lab = LabOnPage(page, cell, upload)
+            if lab.names():
+                yield lab
 
 
 def errors(page: NotebookPage) -> list[str]:
@@ -75,6 +78,9 @@ def too_wide(page: NotebookPage) -> list[str]:
 def faults(lab: LabOnPage) -> list[str]:
     """What is wrong with a lab after its controls were worked."""
     found = [f"nothing here knows how to work {control}" for control in lab.unknown()]
+    found += [f"the control {name!r} has no name" for name in lab.names() if name in ("", "null")]
+    if not any(key.startswith("image/") for output in lab.cell["outputs"] for key in output.get("data", {})):
+        found.append("there is no still picture for readers without a kernel")
     found += [f"no picture changes with the {control}" for control in lab.idle]
     found += [
         f"{answer.control!r} took {answer.milliseconds:.0f} ms without a sign of work"
@@ -99,30 +105,28 @@ def test_everything_fits_into_a_narrow_window(notebook: NotebookPage):
 
 
 def test_labs_answer(notebook: NotebookPage, upload: Path):
-    found = labs(notebook, upload)
-    source = notebook.path.read_text(encoding="utf-8")
-    assert bool(found) == ("wris_lib.widgets" in source)
-    times = {}
-    for lab in found:
+    wrong, times = {}, {}
+    for lab in labs(notebook, upload):
         name = lab.cell["id"]
-        assert lab.names() and all(lab.names()), "a control has no name"
-        assert "null" not in lab.names(), "a control has no tooltip, so that ipywidgets calls it null"
         notebook.shoot(f"{name}-before", lab.output)
         lab.work_all()
         notebook.shoot(f"{name}-after", lab.output)
+        wrong[name] = faults(lab)
         times[name] = [[answer.control, round(answer.milliseconds), answer.sign] for answer in lab.answers]
-    (notebook.shots / "answers.json").write_text(json.dumps(times, indent=1, ensure_ascii=False))
-    assert {lab.cell["id"]: faults(lab) for lab in found if faults(lab)} == {}
+    (notebook.shots / "answers.json").write_text(json.dumps(times, indent=1, ensure_ascii=False), encoding="utf-8")
+    assert bool(times) == ("wris_lib.widgets" in notebook.path.read_text(encoding="utf-8"))
+    assert {name: found for name, found in wrong.items() if found} == {}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_labs_can_be_read(notebook: NotebookPage, upload: Path, theme: str):
     notebook.set_theme(dark=theme == "dark")
     notebook.shoot_all(theme)
-    found = labs(notebook, upload)
-    for lab in found:
+    wrong = {}
+    for lab in labs(notebook, upload):
         notebook.shoot(f"{lab.cell['id']}-{theme}", lab.output)
-    assert {lab.cell["id"]: pale(lab) for lab in found if pale(lab)} == {}
+        wrong[lab.cell["id"]] = pale(lab)
+    assert {name: found for name, found in wrong.items() if found} == {}
 
 
 def test_nothing_went_wrong_behind_the_page(notebook: NotebookPage):
@@ -142,8 +146,9 @@ def test_faults_are_found(browser: Browser, server: dict, build: Path, upload: P
     page.run()
     assert errors(page) == ["never was not run", "failing: ValueError: as was to be shown"]
     assert [fault.split(" pixels")[0] for fault in too_wide(page)] != []
-    found = {lab.cell["id"]: lab for lab in labs(page, upload)}
-    for lab in found.values():
+    found = {}
+    for lab in labs(page, upload):
+        found[lab.cell["id"]] = lab
         lab.work_all()
     print(
         faults(found["lab"]),
