@@ -239,10 +239,14 @@ class PromptLab(Lab):
         self._query = ipywidgets.Dropdown(
             options=[(f"{k}, score {scores[k]:.2f}", k) for k in np.argsort(scores)[::-1].tolist()],
             description="query",
+            tooltip="the query whose points are shown",
             layout={"width": "220px"},
         )
         self._point = ipywidgets.ToggleButtons(
-            options=range(number), description="point", tooltips=["the point to be moved"] * number
+            options=range(number),
+            description="point",
+            tooltip="the point to be moved",
+            tooltips=["the point to be moved"] * number,
         )
         self._point.style.button_width = "36px"  # sixteen of them fit beside the label
         self._label = ipywidgets.ToggleButtons(
@@ -251,8 +255,16 @@ class PromptLab(Lab):
             style={"button_width": "80px"},
         )
         self._x, self._y = (
-            ipywidgets.IntSlider(0, 0, most - 1, description=name, continuous_update=False, layout={"width": "260px"})
-            for name, most in (("x", width), ("y", height))
+            ipywidgets.IntSlider(
+                0,
+                0,
+                most - 1,
+                description=name,
+                tooltip=tooltip,
+                continuous_update=False,
+                layout={"width": "260px"},
+            )
+            for name, tooltip, most in (("x", "pixels from the left", width), ("y", "pixels from the top", height))
         )
         reset = ipywidgets.Button(description="Reset", layout={"width": "80px"}, tooltip="the generator's own points")
 

@@ -88,7 +88,7 @@ KINDS = {
 }
 ANY = ", ".join(kind.selector for kind in KINDS.values())
 NAME = """control => {
-    const own = control.closest(".jupyter-widgets:not(.widget-box)") ?? control;
+    const own = control.closest(".widget-inline-hbox") ?? control;
     const { title, textContent, placeholder, alt } = control;
     return (title || own.querySelector("label")?.textContent || textContent || placeholder || alt || "").trim();
 }"""

@@ -14,18 +14,18 @@ display(Javascript("console.error('spoken to the console'); new Image().src = 'h
 
 # %% lab
 picture = ipywidgets.Image(value=Image.new("RGB", (40, 40), "red")._repr_jpeg_(), format="jpeg")
-dead, slow = ipywidgets.IntSlider(description="dead"), ipywidgets.Text(description="slow", continuous_update=False)
-unnamed = ipywidgets.Checkbox()
+dead, slow = ipywidgets.IntSlider(description="dead"), ipywidgets.Text(tooltip="slow", continuous_update=False)
+unknown = ipywidgets.Checkbox(tooltip="unknown")
 
 
 def answer(change):
     time.sleep(1)
-    picture.value = Image.new("RGB", (40, 40), "blue")._repr_jpeg_()
+    picture.value = Image.new("RGB", (40, 40), (9 * len(change["new"]), 0, 0))._repr_jpeg_()
 
 
 slow.observe(answer, "value")
 pale = ipywidgets.HTML("<span style='color: #aaa; background: #fff'>pale</span>")
-ipywidgets.VBox([dead, slow, unnamed, pale, picture])
+ipywidgets.VBox([dead, slow, unknown, pale, picture])
 
 # %% refusing
 button, message = ipywidgets.Button(description="Refuse"), ipywidgets.Label()
