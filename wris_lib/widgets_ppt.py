@@ -248,7 +248,7 @@ class PromptLab(Lab):
             tooltip="the point to be moved",
             tooltips=["the point to be moved"] * number,
         )
-        self._point.style.button_width = "36px"  # sixteen of them fit beside the label
+        self._point.style.button_width = "40px"
         self._label = ipywidgets.ToggleButtons(
             options={"Positive": 1, "Negative": 0},
             tooltips=["the point is on the object", "the point is not on the object"],

@@ -80,9 +80,8 @@ def faults(lab: LabOnPage) -> list[str]:
     found = [f"nothing here knows how to work {control}" for control in lab.unknown()]
     found += [f"the control number {number} has no name" for number, name in enumerate(lab.names()) if not name]
     # ipywidgets lets the browser show this where a control with a description has no tooltip.
-    found += [
-        f"a tooltip of {text!r} says null" for text in lab.output.locator('[title="null"]:visible').all_text_contents()
-    ]
+    speechless = lab.output.locator('[title="null"]:visible')
+    found += [f"the tooltip of {text!r} says null" for text in speechless.all_text_contents()]
     if not any(key.startswith("image/") for output in lab.cell["outputs"] for key in output.get("data", {})):
         found.append("there is no still picture for readers without a kernel")
     found += [f"no picture changes with the {control}" for control in lab.idle]
@@ -155,7 +154,7 @@ def test_faults_are_found(browser: Browser, server: dict, build: Path, upload: P
         found[lab.cell["id"]] = [line[:60] for line in faults(lab) + pale(lab)]
     assert found["lab"][:5] == [
         'nothing here knows how to work <input type="checkbox">',
-        "a tooltip of 'dead' says null",
+        "the tooltip of 'dead' says null",
         "there is no still picture for readers without a kernel",
         "no picture changes with the slider 'dead'",
         "'slow' took 10",
