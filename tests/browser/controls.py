@@ -157,8 +157,8 @@ class LabOnPage:
         self.page.show(self.cell)
         return self.page.ask(f"texts({self.cell['index']})")
 
-    def work_all(self) -> None:
-        """Work every control. Buttons come last, when there is something to be undone."""
+    def work_settings(self) -> None:
+        """Work every control but the buttons, which are for later, when there is something to be undone."""
         tests = self._changes, self._changes_later, self._changes_elsewhere
         for kind in KINDS:
             number = 0
@@ -167,6 +167,9 @@ class LabOnPage:
                 if not any(changes(kind, control) for changes in tests):
                     self.idle.append(f"{kind} {self._name(control)!r}")
                 number += 1
+
+    def work_buttons(self) -> None:
+        """Press every button."""
         for name in self._buttons():
             if name not in self._buttons():  # gone with what another one has deleted
                 self._take_back()

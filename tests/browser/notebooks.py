@@ -112,8 +112,9 @@ def test_labs_answer(notebook: NotebookPage, upload: Path):
     for lab in labs(notebook, upload):
         name = lab.cell["id"]
         notebook.shoot(f"{name}-before", lab.output)
-        lab.work_all()
+        lab.work_settings()
         notebook.shoot(f"{name}-after", lab.output)
+        lab.work_buttons()
         wrong[name] = faults(lab)
         times[name] = [[answer.control, round(answer.milliseconds), answer.sign] for answer in lab.answers]
     (notebook.shots / "answers.json").write_text(json.dumps(times, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -150,7 +151,8 @@ def test_faults_are_found(browser: Browser, server: dict, build: Path, upload: P
     assert [line[:23] for line in too_wide(page)] == ["the output of wide is 2"]
     found = {}
     for lab in labs(page, upload):
-        lab.work_all()
+        lab.work_settings()
+        lab.work_buttons()
         found[lab.cell["id"]] = [line[:60] for line in faults(lab) + pale(lab)]
     assert found["lab"][:5] == [
         'nothing here knows how to work <input type="checkbox">',
