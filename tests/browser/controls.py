@@ -173,7 +173,7 @@ class LabOnPage:
         for name in self._buttons():
             if name not in self._buttons():  # gone with what another one has deleted
                 self._take_back()
-            if name not in self._told and not self._press(name):
+            if name in self._buttons() and name not in self._told and not self._press(name):
                 self._stir()
                 if not self._press(name):
                     self.idle.append(f"button {name!r}")
@@ -247,5 +247,6 @@ class LabOnPage:
 
     def _stir(self) -> None:
         """Change something, so that a button has something to do."""
-        kind = next(kind for kind in KINDS if self._all(kind).count())
-        self._changes(kind, self._all(kind).first)
+        for kind in ("picture", "slider", "text"):
+            for control in self._all(kind).all():
+                self._changes(kind, control)
