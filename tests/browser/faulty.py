@@ -1,5 +1,6 @@
 """A notebook with one of each fault that the tests in the browser are there to find; a test says what they found."""
 
+import os
 import time
 
 import ipywidgets
@@ -31,6 +32,11 @@ ipywidgets.VBox([dead, slow, unknown, pale, picture])
 button, message = ipywidgets.Button(description="Refuse"), ipywidgets.Label()
 button.on_click(lambda _: setattr(message, "value", "✘ no"))
 ipywidgets.VBox([button, message])
+
+# %% dying
+button = ipywidgets.Button(description="Die")
+button.on_click(lambda _: os._exit(1))
+ipywidgets.VBox([button])
 
 # %% failing
 raise ValueError("as was to be shown")

@@ -7,7 +7,10 @@
   const troubles = [];
 
   kernel.statusChanged.connect((_, status) => {
-    if (["autorestarting", "restarting", "dead"].includes(status)) troubles.push(`the kernel is ${status}`);
+    if (["autorestarting", "restarting", "dead"].includes(status)) {
+      troubles.push(`the kernel is ${status}`);
+      pending.clear(); // nobody will answer
+    }
   });
   kernel.anyMessage.connect((_, { msg, direction }) => {
     if (msg.header.msg_type === "error") troubles.push(`${msg.content.ename}: ${msg.content.evalue}`);
