@@ -10,12 +10,13 @@ export JUPYTER_CONFIG_PATH := $(CURDIR)/scripts/jupyter$(if $(JUPYTER_CONFIG_PAT
 export MPLCONFIGDIR := $(CURDIR)/.venv/etc/matplotlib
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help lab test test-browser book setup student assignments
+.PHONY: help lab test test-browser test-students book setup student assignments
 
 help:
 	@echo "make lab          open the course in JupyterLab"
 	@echo "make test         check style, run the unit tests and every notebook"
-	@echo "make test-browser run every notebook in JupyterLab in a browser, and work its widgets"
+	@echo "make test-browser   run every notebook in JupyterLab in a browser, and work its widgets"
+	@echo "make test-students  run the students' copies of the notebooks"
 	@echo "make setup        only make the environment, in .venv"
 	@echo "make book         build the course as a site, in build/book"
 	@echo "make student      write the notebooks without their solutions, into build/student"
@@ -27,14 +28,18 @@ ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: setup
 	@$(VENV_PYTHON) -m jupyterlab $(ALLOW_ROOT) --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
+# nbmake is for notebooks only; each process of the unit tests would take seconds to import it.
 test: setup
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
-	$(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests
+	$(VENV_PYTHON) -m pytest -p no:nbmake -n auto --maxprocesses 4 --dist loadfile tests
 	$(VENV_PYTHON) -m pytest --nbmake notebooks
 
 student assignments: setup
 	@$(VENV_PYTHON) scripts/assignments.py $@
+
+test-students: setup
+	$(VENV_PYTHON) -m pytest -n auto --maxprocesses 2 tests/students.py
 
 # The cache holds what was read without a warning, so it must not outlive one that was not mended.
 book: .venv/book-packages

@@ -7,8 +7,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -16,6 +18,9 @@ from tests.serving import Server, serving
 
 # From here on, each annotation of a wris_lib function is checked at each call: shapes by jaxtyping, types by beartype.
 install_import_hook("wris_lib", "beartype.beartype")
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are busy, and first calls import things
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,6 +34,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("WRIS_STACK", raising=False)
         patch.delenv("WRIS_DATA", raising=False)
         yield folder
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are composed, but not painted: each is a number. For tests that change a lab often and do not look."""
+    from wris_lib.show import Picture
+
+    numbers = count()
+    monkeypatch.setattr(Picture, "_encode", lambda *_: b"%d" % next(numbers))
 
 
 @pytest.fixture

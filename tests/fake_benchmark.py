@@ -112,9 +112,9 @@ def install(split: Path, patch) -> None:
     methods._load.cache_clear()
 
 
-def run_slowly(split: str, folder: str, pause: str) -> int:
+def run_slowly(split: Path, folder: Path, pause: float) -> int:
     """The benchmark of one more process, slow enough to be killed or helped; how often this one has predicted."""
-    install(Path(split), lambda module, name, value, raising=True: setattr(module, name, value))
-    Fake.pause = float(pause)
-    benchmark.run(["fake"], ["fake:val", "fake:testA"], "out", folder=Path(folder))
+    install(split, lambda module, name, value, raising=True: setattr(module, name, value))
+    Fake.pause = pause
+    benchmark.run(["fake"], ["fake:val", "fake:testA"], "out", folder=folder)
     return Fake.calls

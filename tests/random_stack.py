@@ -14,6 +14,8 @@ hashes into the table of checkpoints, in whichever Python has the folder on its 
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +33,19 @@ from wris_lib.pretrain.albef import write_vocabulary
 
 EXPRESSIONS = ["the man in the green shirt", "a dog left of the car"]
 NOTE = "Its weights are random: figures made with it mean nothing."
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Models are made without their first random weights, which take seconds and are overwritten at once."""
+    filling = {name: getattr(Tensor, name) for name in ("normal_", "uniform_")}
+    for name in filling:
+        setattr(Tensor, name, lambda tensor, *_, **__: tensor)
+    try:
+        yield
+    finally:
+        for name, method in filling.items():
+            setattr(Tensor, name, method)
 
 
 def noise(shapes: nn.Module) -> dict[str, Tensor]:
@@ -56,7 +71,8 @@ class Reference:
 def save_clip_as_openai_does(path: Path) -> Reference:
     """ViT-B/16 as a TorchScript archive in half precision, with three numbers among the weights."""
     shapes = open_clip.create_model("ViT-B-16-quickgelu", device="meta")
-    model = build_model_from_openai_state_dict(noise(shapes))
+    with unfilled():
+        model = build_model_from_openai_state_dict(noise(shapes))
 
     # What an independent reader of the file must arrive at.
     images = torch.from_numpy(np.random.default_rng(1).normal(size=(1, 3, 224, 224)).astype(np.float32))
@@ -75,8 +91,8 @@ def save_clip_as_openai_does(path: Path) -> Reference:
     for name, value in {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}.items():
         model.__dict__.pop(name, None)
         model.register_buffer(name, torch.tensor(value))
-    with torch.no_grad():
-        torch.jit.trace(model, (images.half(), tokens[:1]), check_trace=False).save(path)
+    with torch.no_grad():  # of the archive's code, which nobody runs, the shorter half will do
+        torch.jit.trace_module(model, {"encode_text": tokens[:1]}, check_trace=False).save(path)
     return reference
 
 

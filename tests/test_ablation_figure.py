@@ -64,6 +64,17 @@ def test_bars_dots_and_labels(path):
     assert "mean of 3 seeds" in ours.get_title("left")
 
 
+def test_a_single_seed_has_no_spread(tmp_path):
+    file = tmp_path / "ppt_ablation.json"
+    rows = [row(name, mean) for name, mean in MEANS.items()]
+    for each in rows:
+        each["metrics"]["mIoU"] |= {"seeds": [each["metrics"]["mIoU"]["mean"]], "std": 0.0}
+    file.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    ours, _ = ablation_picture(file).axes
+    assert ours.get_title("left") == "ours, ToyRef val: one seed"
+    assert not [line for line in ours.lines if line.get_marker() == "o"]
+
+
 def test_nothing_is_cut_off_and_letters_are_large_enough(path):
     """Shown 1280 pixels wide, no text is smaller than 12 pixels, none leaves the picture, and no dot its axes."""
     figure = ablation_picture(path)

@@ -8,15 +8,17 @@ import re
 from collections import Counter
 from subprocess import CompletedProcess
 
-import nbformat
 import pytest
 
 from tests import (
     test_exercises,
+    test_exercises_compare,
     test_exercises_curriculum,
     test_exercises_iterprime,
+    test_exercises_measured,
     test_exercises_pcnet,
     test_exercises_ppt,
+    test_exercises_sam,
 )
 from tests.test_setup import script
 from wris_lib.errors import WrisError
@@ -29,8 +31,11 @@ WRONG_ANSWERS = [
     *test_exercises.MISTAKES,
     *test_exercises_curriculum.MISTAKES,
     *test_exercises_iterprime.MISTAKES,
+    *test_exercises_measured.MISTAKES,
     *test_exercises_pcnet.MISTAKES,
     *test_exercises_ppt.MISTAKES,
+    *test_exercises_compare.MISTAKES,
+    *test_exercises_sam.MISTAKES,
 ]
 
 
@@ -120,6 +125,8 @@ def test_wrong_answers_of_every_check_are_known():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_copy_has_no_solution_and_is_else_the_same(name):
     original, copy = NOTEBOOKS[name], assignments.students_copy(NOTEBOOKS[name])
+    import nbformat  # takes two seconds
+
     nbformat.validate(nbformat.reads(json.dumps(copy), as_version=4))
     assert copy | {"cells": []} == original | {"cells": []}
     kept = [cell for cell in copy["cells"] if not cell["id"].endswith("-stand-in")]

@@ -2,8 +2,6 @@
 
 import errno
 import json
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import fake_benchmark
+from tests import fake_benchmark, processes
 from tests.fake_benchmark import IMAGES, Fake
 from wris_lib import benchmark, contestants, questions, report
 from wris_lib.contestants import predictor
@@ -165,18 +163,14 @@ def test_a_method_without_variants_is_a_row_of_its_own_name(split, monkeypatch):
 
 def test_killed_and_resumed_equals_uninterrupted(split, tmp_path, monkeypatch):
     results = tmp_path / "results"
-    code = "import sys; from tests.fake_benchmark import run_slowly; run_slowly(*sys.argv[1:])"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(split), str(results), "0.5"],
-        cwd=Path(__file__).parent.parent,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        folder = tmp_path / "cache" / "benchmark"
-        deadline = time.monotonic() + 300  # importing torch takes long on a busy machine
-        while sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl")) < 3:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.kill()
+    process = processes.start(tmp_path / "log.txt", fake_benchmark.run_slowly, split, results, 0.5)
+    folder = tmp_path / "cache" / "benchmark"
+    deadline = time.monotonic() + processes.PATIENCE
+    while sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl")) < 3:
+        assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
+        time.sleep(0.05)
+    process.kill()
+    process.join()
     assert not (results / "out.json").exists()
     kept = cache_file(tmp_path).read_bytes().count(b"\n")
     assert 3 <= kept < 3 * IMAGES
@@ -326,7 +320,7 @@ def test_table_and_picture_come_from_the_json_alone(split, tmp_path):
 def test_a_method_without_a_map_has_a_gap_in_the_table():
     row = {"name": "sam box", "data": "d", "n": 1, "metrics": {"mIoU": {"mean": 90.0, "std": 1.0}}}
     assert (
-        report.table({"rows": [row]}, ("mIoU", "PointM")).splitlines()[2]
+        report.table({"rows": [row]}, columns=("mIoU", "PointM")).splitlines()[2]
         == "| sam box | d    | 1 | 90.0 ± 1.0 |      – |"
     )
 

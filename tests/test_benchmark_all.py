@@ -1,14 +1,13 @@
 """Everyone at once: rows shared by processes, what they cost, and a page; with a method whose figures are known."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from filelock import Timeout
+from PIL import Image
 
-from tests import fake_benchmark
+from tests import fake_benchmark, processes
 from tests.fake_benchmark import IMAGES, Fake
 from wris_lib import answers, benchmark, contestants, report
 from wris_lib.errors import WrisError
@@ -19,21 +18,14 @@ def split(tmp_path, monkeypatch) -> Path:
     return fake_benchmark.prepare(tmp_path, monkeypatch)
 
 
+def help_along(split: Path, folder: Path) -> None:
+    """The work of one of two processes; leaves the number of its predictions."""
+    calls = fake_benchmark.run_slowly(split, folder / "two", 0.2)
+    (folder / f"calls{os.environ['RANK']}").write_text(str(calls))
+
+
 def test_two_processes_share_the_work_and_say_the_same(split, tmp_path, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
-        "from tests.fake_benchmark import run_slowly\n"
-        "split, folder, calls = sys.argv[1:]\n"
-        "print(run_slowly(split, folder, '0.2'), file=open(calls + os.environ['RANK'], 'w'))\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(script), str(split), str(tmp_path / "two"), str(tmp_path / "calls")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert result.returncode == 0, result.stderr
+    processes.run_two(tmp_path, help_along, split, tmp_path)
     calls = [int((tmp_path / f"calls{rank}").read_text()) for rank in range(2)]
     assert min(calls) >= 2 and sum(calls) == 2 * (IMAGES + 2)
 
@@ -97,6 +89,8 @@ def test_everyone_with_costs(split, tmp_path, monkeypatch):
     spec, shipped = answers.read(tmp_path / "out.answers.json.gz")
     assert spec == "fake:val" and list(shipped) == ["fake bright", "fake wide"]
     assert shipped["fake wide"] == benchmark.records("fake wide", "fake:val", limit=5)
+    with Image.open(tmp_path / "out.disagreements.jpg") as picture:
+        assert picture.format == "JPEG"
 
     # A row whose cost nobody measured has gaps; costs of before stay.
     again = benchmark.run(["fake wide"], ["fake:testA"], "out", folder=tmp_path)
@@ -112,9 +106,29 @@ def test_an_impossible_page_is_refused_before_anything_is_measured(split, tmp_pa
     assert Fake.calls == 0
 
 
+def test_too_many_rows_for_one_table(tmp_path):
+    """Each split gets its own; its name is in the heading, and not in every line."""
+    figures = {"mIoU": {"mean": 10.0, "std": 1.0, "low": 9.0, "high": 11.0}}
+    figures |= {outcome: figures["mIoU"] for outcome in report.OUTCOMES}
+    rows = [{"name": f"m{i}", "data": f"d{i % 2}", "n": 5, "metrics": figures} for i in range(41)]
+    report.write(tmp_path / "few.json", {}, rows[:40])
+    assert (tmp_path / "few.md").read_text() == report.table({"rows": rows[:40]}) + "\n"
+    report.write(tmp_path / "many.json", {}, rows)
+    _, *parts = (tmp_path / "many.md").read_text().split("\n\n## ")
+    assert [part.split()[0] for part in parts] == ["d0", "d1"]
+    lines = [line.split("|") for part in parts for line in part.splitlines() if line.startswith("| m")]
+    assert [line[1].strip() for line in lines if "method" not in line[1]] == [
+        f"m{i}" for i in (*range(0, 41, 2), *range(1, 41, 2))
+    ]
+    assert lines[1][2].strip() == "5"
+
+
 def test_a_picture_of_too_many_rows_shows_one_split():
     metrics = {name: {"mean": 10.0, "low": 9.0, "high": 11.0} for name in ("mIoU", *report.OUTCOMES)}
     rows = [{"name": "m", "data": f"d{i % 5}", "metrics": metrics} for i in range(45)]
-    labels = [text.get_text() for text in report.picture({"rows": rows}).axes[0].get_yticklabels()]
-    assert labels == ["m, d0"] * 9
-    assert len(report.picture({"rows": rows[:40]}).axes[0].get_yticklabels()) == 40
+    axes = report.picture({"rows": rows}).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["m"] * 9
+    assert axes.get_title(loc="left").startswith("d0: mIoU")
+    axes = report.picture({"rows": rows[:40]}).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()][:2] == ["m, d0", "m, d1"]
+    assert len(axes.get_yticklabels()) == 40 and axes.get_title(loc="left").startswith("mIoU")

@@ -2,8 +2,18 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from wris_lib.comparison_figures import agreement_picture, cost_picture, kinds_picture, splits_picture
+from wris_lib.comparison_figures import (
+    agreement_picture,
+    answer_panel,
+    cost_picture,
+    disagreements_picture,
+    kinds_picture,
+    splits_picture,
+)
+from wris_lib.data.coco import encode_mask
+from wris_lib.data.refer import EvaluationItem
 from wris_lib.errors import WrisError
 
 
@@ -66,6 +76,27 @@ def test_agreement():
     (axes,) = agreement_picture(shares, ["a", "b"]).axes
     assert [text.get_text() for text in axes.texts] == ["100", "25", "25", "98"]
     assert [text.get_color() for text in axes.texts] == ["white", "black", "black", "white"]
+
+
+def test_disagreements(tmp_path):
+    square = np.zeros((20, 30), bool)
+    square[5:15, 5:15] = True
+    Image.new("RGB", (30, 20), "white").save(tmp_path / "picture.png")
+    about = {"image_path": tmp_path / "picture.png", "image_id": 0, "ref_id": 0, "sent_id": 0, "kind": "Others"}
+    about |= {"category": "dog", "height": 20, "width": 30, "neighbours": []}
+    about["annotation"] = {"segmentation": encode_mask(square), "bbox": [5, 5, 10, 10]}
+    items = [EvaluationItem(expression=words, **about) for words in ("a dog", "two dogs", "no dog")]
+
+    def answer(place: int, right: bool) -> dict:
+        mask = square if right else ~square
+        return {"item": place, "image": place, "iou": float(right), "mask": encode_mask(mask)}
+
+    found = {"one": [answer(2, True), answer(1, True)], "other": [answer(2, True), answer(1, False)]}
+    panels = disagreements_picture(found, items, 1).figure.axes
+    titles = [axes.get_title() for axes in panels]
+    assert titles == ["“two dogs”", "one\nIoU 1.00", "other\nIoU 0.00"]
+    panel = answer_panel(found["other"][1], items[1], "")
+    assert (panel.mask == ~square).all() and (panel.referent == square).all()
 
 
 def test_what_cannot_be_drawn(results):

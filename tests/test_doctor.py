@@ -304,3 +304,12 @@ def test_runs_on_a_bare_python(tmp_path: Path):
 def test_tables_name_only_packages_of_the_course():
     required = {Requirement(line).name.lower().replace("_", "-") for line in metadata.requires("wris-lib")}
     assert set(doctor.MODULES) | set(doctor.OPTIONAL) <= required
+
+
+@pytest.mark.parametrize("name", sorted(set(doctor.MODULES) - set(doctor.OPTIONAL)))
+def test_modules_of_another_name_are_found(name):
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"this environment has no {name}")
+    assert doctor.check_package(name, ANY).level == "OK"

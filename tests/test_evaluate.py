@@ -34,7 +34,6 @@ def test_iou_by_hand():
     assert evaluate.iou(nothing, rectangle(0, 0, 1, 1)) == 0
 
 
-@settings(deadline=None)
 @given(masks, masks)
 def test_iou_is_a_symmetric_share(first, second):
     value = evaluate.iou(first, second)
@@ -57,7 +56,6 @@ def test_peak_lies_on_the_maximum_even_between_two_tops():
     assert response[y, x] == 2
 
 
-@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(0, 6))
 def test_peak_finds_a_single_maximum(row, column):
     response = np.linspace(0, 0.9, 42, dtype=np.float32).reshape(6, 7)
@@ -98,7 +96,6 @@ def test_outcome_without_neighbours():
     assert evaluate.outcome(rectangle(10, 10, 20, 20), REFERENT) == "noise"
 
 
-@settings(deadline=None)
 @given(masks, masks, st.lists(masks, max_size=3))
 def test_every_prediction_has_one_outcome(mask, referent, others):
     found = evaluate.outcome(mask, referent, others)
@@ -213,7 +210,7 @@ def test_bootstrap_is_seeded():
     assert evaluate.summarize(records, seed=1)["mIoU"] != evaluate.summarize(records, seed=2)["mIoU"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), masks, masks), min_size=1, max_size=8))
 def test_summary_invariants(cases):
     records = [record(image, mask, referent) for image, mask, referent in cases]

@@ -51,3 +51,11 @@ def test_agreement_by_hand():
     two, third = 2 / 3, 1 / 3
     # a and b overlap with exactly 0.5 twice; b and c agree once; b's and c's halves are disjoint once.
     assert examples.agreement(found) == pytest.approx(np.array([[two, two, two], [two, two, third], [two, third, 1]]))
+
+
+def test_what_the_others_agree_with_most():
+    large, small, inside, nothing = (np.zeros((8, 8), bool) for _ in range(4))
+    large[:], small[2:6, 2:6], inside[2:6, 2:5] = True, True, True
+    records = [record(1, 0.0, mask=encode_mask(mask)) for mask in (nothing, nothing, large, inside, small)]
+    assert examples.most_agreed(records) == 4
+    assert examples.most_agreed(records[:3]) == 0  # nobody agrees with anybody

@@ -40,6 +40,16 @@ def classify_failure(prediction, truth, others):
     return "wrong object" if most > inside and most >= outside.sum() else "something else"
 
 
+def two_names():
+    truth, other = np.zeros((2, 20, 20), bool)
+    truth[:10], other[10:] = True, True
+    first = np.zeros((20, 20), bool)
+    first[8:12] = True
+    second = first.copy()
+    second[12, 0] = True
+    return first, second, truth, [other]
+
+
 RIGHT = {
     "iou": (exercises.check_iou, iou),
     "is_positional": (exercises.check_is_positional, is_positional),
@@ -53,6 +63,13 @@ def test_right_answers_pass(name, capsys):
     check, answer = RIGHT[name]
     assert check(answer) is True
     assert capsys.readouterr().out == f"✔ {name} is right.\n"
+
+
+def test_a_border_of_the_rule(capsys):
+    assert exercises.check_two_names(two_names) is True
+    assert exercises.check_two_names(changed(two_names, "[other]", "(other, np.zeros_like(other))")) is True
+    assert exercises.check_two_names(untouched) is False
+    assert capsys.readouterr().out.splitlines()[1:2] == ["✔ two_names is right."]
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -201,7 +218,33 @@ FAILURE_MISTAKES = [
         "got 'other', expected one of 'right', 'part instead of whole', 'wrong object', 'some",
     ),
 ]
+BORDER_MISTAKES = [
+    (("second[12, 0]", "second[12]"), "the predictions differ in 20 pixels, expected a single one"),
+    (("second[12, 0] = True", "pass"), "the predictions differ in 0 pixels"),
+    (("other[10:]", "other[9:]"), "some pixel is of two objects: what is seen at a pixel is one thing"),
+    (
+        ("[8:12]", "[8:11]", "[12, 0]", "[11, 0]"),
+        "the second prediction has 40 of the truth's 200 pixels, 21 of another object and 0 of the background, so it is"
+        " 'part instead of whole', expected 'wrong object': for a wrong object, it needs more of that",
+    ),
+    (
+        ("[8:12]", "[9:12]"),
+        "the first prediction has 20 of the truth's 200 pixels, 40 of another object and 0 of the ba",
+    ),
+    (("[8:12]", "[9:12]"), "so it is 'wrong object', expected 'part instead of whole': for a part, no less of it lies"),
+    (("truth[:10]", "truth[7:10]"), "a part covers less than half of the truth; make the truth larger"),
+    (("[8:12]", "[1:10]"), "so it is 'right', expected 'part instead of whole': a failure has an IoU below 0.5"),
+    (
+        ("other[10:]", "other[11:]", "[8:12]", "[9:12]"),
+        "20 of the background, so it is 'noise', expected 'part instead",
+    ),
+    (("truth, [other]", "truth"), "got a tuple, expected four things: `return first, second, truth, others`"),
+    (("[other]", "[other[:4]]"), "got masks of shapes (20, 20) and (4, 20), expected all of one picture"),
+    (("[other]", "[other * 1.0]"), "got an array of shape (20, 20) as a mask, expected a boolean array [H, W]: others"),
+    (("[other]", "3"), "got 3 as a mask"),
+]
 MISTAKES = [
+    *((exercises.check_two_names, two_names, *mistake) for mistake in BORDER_MISTAKES),
     *((exercises.check_iou, iou, *mistake) for mistake in IOU_MISTAKES),
     *((exercises.check_is_positional, is_positional, *mistake) for mistake in POSITION_MISTAKES),
     *((exercises.check_points_from_map, points_from_map, *mistake) for mistake in POINTS_MISTAKES),

@@ -30,20 +30,27 @@ def on_the_left(boxes, names, noun, width):
     return order[0][1]
 
 
+def mislead_select():
+    lorry, wheel = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
+    lorry[2:6] = wheel[5:7, 1:3] = True
+    return wheel & lorry, lorry, [lorry, wheel]
+
+
 def loses_most():
-    return 9
+    return 7
 
 
 RIGHT = {
     "select": (exercises.check_select, select),
     "on_the_left": (exercises.check_on_the_left, on_the_left),
+    "mislead_select": (exercises.check_mislead_select, mislead_select),
     "loses_most": (exercises.check_loses_most, loses_most),
 }
 
 
 @pytest.fixture(autouse=True)
 def ablation(tmp_path, monkeypatch):
-    """A made-up result, in which row 9 loses most, 13 points."""
+    """A made-up result, in which of rows 6 to 8 row 7 loses most, 7 points."""
     path = tmp_path / "ppt_ablation.json"
     path.write_text(json.dumps({"rows": [row(name, mean) for name, mean in MEANS.items()]}), encoding="utf-8")
     monkeypatch.setattr(exercises, "ABLATION", path)
@@ -60,7 +67,7 @@ def test_right_answers_pass(name, capsys):
 
 def test_numbers_of_numpy_are_numbers():
     assert exercises.check_select(lambda *a: None if select(*a) is None else np.int64(select(*a)))
-    assert exercises.check_loses_most(lambda: np.int64(9))
+    assert exercises.check_loses_most(lambda: np.int64(7))
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -154,14 +161,37 @@ LEFT_MISTAKES = [
     (("return order[0][1]", "return -1 - order[0][1]"), "got -1, expected 0: there are 2, counted from 0"),
     (("return order[0][1]", "order"), "got None, expected 0: does every way through the function end in `return`?"),
 ]
+MISLEAD_MISTAKES = [
+    (
+        ("return wheel & lorry,", "return lorry,"),
+        "Select takes candidate 0, with an IoU of 1.00 with the prediction and 1.00 with the referent, which is a good",
+    ),
+    (("[lorry, wheel]", "[lorry]"), "a good label: all candidates are good labels, so no choice is wrong; SAM also"),
+    (("[lorry, wheel]", "[wheel]"), "has an IoU of 0.06 with the referent, expected 0.5 or more: where all candidates"),
+    (("wheel & lorry,", "~lorry,"), "0% of the prediction lie on the referent, expected more than half: let the net"),
+    (("wheel & lorry,", "wheel,"), "50% of the prediction lie on the referent, expected more than half"),
+    (("wheel & lorry,", "np.zeros((8, 8), bool),"), "the prediction is empty, expected at least one pixel"),
+    (("wheel & lorry, lorry", "lorry, np.zeros((8, 8), bool)"), "the referent is empty, expected at least one pixel"),
+    (("[lorry, wheel]", "[lorry, wheel.astype(int)]"), "got numbers as candidate 1, expected a mask, an array of"),
+    (("[lorry, wheel]", "[lorry, wheel[1:]]"), "got candidate 1 of shape (7, 8), expected (8, 8), that of the pred"),
+    (("[lorry, wheel]", "[]"), "got [] as candidates, expected a list of at least one mask"),
+    (
+        ("[lorry, wheel]", "lorry"),
+        "got an array of shape (8,) as candidate 0, expected a mask, an array of shape (H, W",
+    ),
+    ((", [lorry, wheel]", ""), "expected three things: `return prediction, referent, candidates`"),
+]
 MOST_MISTAKES = [
-    (("9", "6"), "row 6 loses 4.0 mIoU against row 5, and another one loses 13.0: a prediction may be wrong; look"),
-    (("9", "5"), "got 5, expected the number of a row: 6, 7, 8 or 9"),
-    (("9", "'9 w/o IMG'"), "got '9 w/o IMG', expected the number of a row: 6, 7, 8 or 9"),
+    (("7", "6"), "against row 5, row 6 loses 4.0 mIoU, and another one 7.0: a prediction may be wrong; look"),
+    (("7", "8"), "against row 5, row 8 loses 3.0 mIoU, and another one 7.0: in the paper it is this row; section 3"),
+    (("7", "5"), "got 5, expected the number of a row: 6, 7 or 8."),
+    (("7", "9"), "got 9, expected the number of a row: 6, 7 or 8: row 9 takes away what rows 7 and 8 take away"),
+    (("7", "'7 w/o augmented'"), "got '7 w/o augmented', expected the number of a row: 6, 7 or 8."),
 ]
 MISTAKES = [
     *((exercises.check_select, select, *mistake) for mistake in SELECT_MISTAKES),
     *((exercises.check_on_the_left, on_the_left, *mistake) for mistake in LEFT_MISTAKES),
+    *((exercises.check_mislead_select, mislead_select, *mistake) for mistake in MISLEAD_MISTAKES),
     *((exercises.check_loses_most, loses_most, *mistake) for mistake in MOST_MISTAKES),
 ]
 
@@ -192,13 +222,13 @@ def test_a_result_that_is_missing(ablation, capsys):
     ablation.unlink()
     assert exercises.check_loses_most(loses_most) is False
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("✘ loses_most: row 9 cannot be compared") and line.endswith("`git checkout -- results`.")
+    assert line.startswith("✘ loses_most: row 7 cannot be compared") and line.endswith("`git checkout -- results`.")
 
 
 def test_two_rows_that_lose_the_same(ablation):
-    means = MEANS | {"8 w/o free (D_sem)": MEANS["9 w/o IMG"]}
+    means = MEANS | {"8 w/o free (D_sem)": MEANS["7 w/o augmented (D_ref)"]}
     ablation.write_text(json.dumps({"rows": [row(name, mean) for name, mean in means.items()]}), encoding="utf-8")
-    assert exercises.check_loses_most(lambda: 8) and exercises.check_loses_most(lambda: 9)
+    assert exercises.check_loses_most(lambda: 7) and exercises.check_loses_most(lambda: 8)
 
 
 def test_the_exercise_is_what_the_library_does():

@@ -43,6 +43,10 @@ def cheapest_first(costs):
     return pairs
 
 
+def fool():
+    return np.array([[1, 2], [3, 100]])
+
+
 def slow_match(costs):
     from itertools import permutations
 
@@ -74,6 +78,13 @@ def test_other_right_ways_to_match_pass(answer, capsys):
 def test_a_list_of_true_and_false_will_do_as_labels(capsys):
     right = changed(draw_points, ".astype(float)\n", ".tolist()\n")
     assert exercises_ppt.check_draw_points(right) is True
+
+
+@pytest.mark.parametrize("costs", [fool(), [[1, 2], [3, 9]], [[40, 90], [0, 5], [1, 30]]])
+def test_costs_that_fool_the_cheapest_pair_first(costs, capsys):
+    assert exercises_ppt.check_fool(lambda: costs) is True
+    assert exercises_ppt.check_fool(untouched) is False
+    assert capsys.readouterr().out.startswith("✔ fool is right.\n○ fool is still open")
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -169,7 +180,24 @@ MATCHING_MISTAKES = [
     (("zip(queries, labels", "zip(queries + 0.5, labels"), "both are whole numbers, counted from 0"),
     (("strict=True))", "strict=True))[:1]"), "pseudo-label 0 gets no query"),
 ]
+COSTS = "np.array([[1, 2], [3, 100]])"
+FOOLING_MISTAKES = [
+    ((COSTS, "[[1, 2], [3, 5]]"), "the cheapest pair first pays 6, where 5 would do: it errs, but not by enough"),
+    ((COSTS, "[[1], [3]]"), "pays 1, and nothing is cheaper: with a single object there is nobody"),
+    ((COSTS, "[[1, 9], [8, 2]]"), "each object has a cheapest query of its own; let two of them want the same"),
+    ((COSTS, "[[0.2, 0.1], [0.3, 0.9]]"), "one object after the other would be fooled, but the cheapest pair is"),
+    ((COSTS, "[[1, 2], [8, 3]]"), "pays 4, and nothing is cheaper: what is the next best for the object that goes"),
+    ((COSTS, "[[1, 2, 7], [3, 100, 8]]"), "got 2 queries for 3 objects, expected at least as many: queries are rows"),
+    ((COSTS, "[1, 2, 3]"), "got shape (3,), expected [K, Y]: a row for each query, a column for each object"),
+    ((COSTS, "np.zeros((2, 0))"), "got shape (2, 0), expected [K, Y]"),
+    ((COSTS, "[[1, 2], [3]]"), "expected an array [K, Y] of costs"),
+    ((COSTS, "[[1, 2], [-3, 100]]"), "some of the costs are negative, or not finite: a cost is 0 where"),
+    ((COSTS, "[[1, 2], [3, np.inf]]"), "some of the costs are negative, or not finite"),
+    ((COSTS, "[[1, 1], [3, 100]]"), "two of the costs are the same: which of them is taken first would be a matter of"),
+    ((f"return {COSTS}", "pass"), "got None: does every way through the function end in `return`?"),
+]
 MISTAKES = [
+    *((exercises_ppt.check_fool, fool, *mistake) for mistake in FOOLING_MISTAKES),
     *((exercises_ppt.check_draw_points, draw_points, *mistake) for mistake in DRAWING_MISTAKES),
     *((exercises_ppt.check_match, match, *mistake) for mistake in MATCHING_MISTAKES),
 ]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
@@ -241,7 +241,6 @@ maps = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=9), elem
 rules = st.builds(PointRule, st.floats(0, 1), st.integers(1, 20), st.booleans())
 
 
-@settings(deadline=None)
 @given(maps, st.integers(1, 500), st.integers(1, 500), rules)
 def test_points_invariants(response_map, width, height, rule):
     points, labels = points_from_map(response_map, width, height, rule)
@@ -257,7 +256,6 @@ def test_points_invariants(response_map, width, height, rule):
     assert values.max() == pytest.approx(values[points_cell(points[0], response_map, width, height)])
 
 
-@settings(deadline=None)
 @given(maps, st.integers(1, 500), st.integers(1, 500), rules)
 def test_peaks_invariants(response_map, width, height, rule):
     scaled, highest = scale(response_map), []
@@ -278,7 +276,6 @@ def points_cell(point, response_map, width, height) -> int:
     return int(point[1] * rows / height) * columns + int(point[0] * columns / width)
 
 
-@settings(deadline=None)
 @given(maps)
 def test_scaling_is_monotone_and_fills_the_range(response_map):
     scaled = scale(response_map)

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -42,14 +43,20 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    folder, specs, rows = tmp_path_factory.mktemp("run"), ["fake:val", "fake:testA"], ["fake bright", "fake wide"]
+    with pytest.MonkeyPatch.context() as patch:
+        fake_benchmark.prepare(folder, patch)
+        results = benchmark.run(rows, specs, "out", folder=folder)
+        found = {(row, spec): benchmark.records(row, spec) for row in rows for spec in specs}
+        yield results, found, {spec: data.load(spec).items for spec in specs}
+
+
 @pytest.fixture
-def measured(tmp_path, monkeypatch):
-    """Results, records and items of two variants on two fake splits."""
-    fake_benchmark.prepare(tmp_path, monkeypatch)
-    specs, rows = ["fake:val", "fake:testA"], ["fake bright", "fake wide"]
-    results = benchmark.run(rows, specs, "out", folder=tmp_path)
-    found = {(row, spec): benchmark.records(row, spec) for row in rows for spec in specs}
-    return results, found, {spec: data.load(spec).items for spec in specs}
+def measured(once):
+    """Results, records and items of two variants on two fake splits, to be changed as one likes."""
+    return deepcopy(once)
 
 
 def written(path: Path, *measured) -> Page:

@@ -118,7 +118,7 @@ def test_everything_that_is_imported_is_locked():
 
 def test_make_test_runs_the_four_checks():
     listed = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    unit_tests = "pytest -n auto --maxprocesses 4 --dist loadfile tests"
+    unit_tests = "pytest -p no:nbmake -n auto --maxprocesses 4 --dist loadfile tests"
     for check in ("ruff check", "ruff format --check", unit_tests, "pytest --nbmake notebooks"):
         assert f".venv/bin/python -m {check}\n" in listed
     described = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -2,15 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from tests import processes
 from wris_lib import train
 from wris_lib.errors import WrisError
 from wris_lib.train import Recipe, fit
@@ -67,21 +65,18 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, precision
     assert [entry["step"] for entry in log] == list(range(12))
 
 
+def train_until_killed(folder):
+    def deadly(step):
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batches(step)
+
+    fit(make_model(), loss, deadly, RECIPE, folder)
+
+
 def test_kill_minus_nine_leaves_a_whole_checkpoint_and_no_debris(tmp_path):
-    script = textwrap.dedent(
-        f"""
-        import os, signal, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_train import *
-        def deadly(step):
-            if step == 10:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return batches(step)
-        fit(make_model(), loss, deadly, RECIPE, {str(tmp_path / "b")!r})
-        """
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    log = tmp_path / "log.txt"
+    assert processes.run(log, train_until_killed, tmp_path / "b") == -signal.SIGKILL, log.read_text()
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint.pt"]
     straight, resumed = make_model(), make_model()
     fit(straight, loss, batches, RECIPE, tmp_path / "a")
@@ -190,6 +185,14 @@ def numbered(number):
     return batches(number) | {"odd": number % 2}
 
 
+def launch(script):
+    """`accelerate launch`, with two processes."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch_command(launch_command_parser().parse_args([*options, "--main_process_port=0", str(script)]))
+
+
 def test_two_processes_match_one(tmp_path):
     one = make_model().append(nn.Linear(1, 1))  # of two processes one has no gradient for the last layer
     initial = {name: tensor.clone() for name, tensor in one.state_dict().items()}
@@ -197,7 +200,7 @@ def test_two_processes_match_one(tmp_path):
     recipe = replace(RECIPE, shares=2)
     log = fit(one, unused_in_even_shares, numbered, recipe, tmp_path / "one")
 
-    script = tmp_path / "script.py"
+    script, said = tmp_path / "script.py", tmp_path / "log.txt"
     script.write_text(f"""
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -206,11 +209,7 @@ model = make_model().append(nn.Linear(1, 1))
 model.load_state_dict(torch.load({str(tmp_path / "initial.pt")!r}, weights_only=True))
 fit(model, unused_in_even_shares, numbered, replace(RECIPE, shares=2), {str(tmp_path / "two")!r})
 """)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr
+    assert processes.run(said, launch, script) == 0, said.read_text()
 
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     for name, tensor in one.state_dict().items():

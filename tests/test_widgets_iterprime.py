@@ -135,6 +135,7 @@ def test_it_is_what_the_method_answers(lab, method):
     np.testing.assert_array_equal(lab.choice.scores, proposals.scores)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_image_and_proposals_are_looked_at_once(lab, method):
     lab.set_sentence("the cat")
     lab.choose_primary("none")
@@ -155,6 +156,7 @@ def test_an_image_with_painted_parts_is_encoded_as_ever():
     assert not any(torch.equal(whole, each) for each in painted)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_every_change_is_answered(lab):
     def column():
         return lab.choice.index, *(each.item() for each in lab.refined.passes[0].response_map.argmax()[None] % 4)
@@ -175,6 +177,7 @@ def test_every_change_is_answered(lab):
     assert before.shape == lab.refined.response_map.shape
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_aggregation_changes_the_map(lab):
     pwem = lab.response_map
     lab.choose_aggregation("gvlp")
@@ -182,6 +185,7 @@ def test_aggregation_changes_the_map(lab):
     assert gvlp[:, 30:45].max() > 0.9 > pwem[:, 30:45].max()  # where the car is
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_the_refinement_follows_its_numbers(lab):
     def hidden():
         return [(~each.visible).sum().item() for each in lab.refined.passes]
@@ -202,6 +206,7 @@ def test_the_refinement_follows_its_numbers(lab):
     assert lab.question.settings == Refinement(passes=9, threshold=0.3, decay=1.0)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_noun_that_is_there_twice():
     lab = RefinementLab(IMAGE, "the dog next to the dog", iterprime())
     assert lab._primary.options == ("none", "dog", "dog (2)") and lab._primary.value == "dog"
@@ -266,6 +271,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("action, argument, sentence", REFUSED)
 def test_what_cannot_be_is_refused_and_changes_nothing(lab, action, argument, sentence):
     before = lab.question, lab.refined, controls(lab), lab._result.value
@@ -313,6 +319,7 @@ def test_field_menus_and_sliders(lab, method):
     assert lab._result.value == lab.render().jpeg != before
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_errors_of_controls_are_sentences_and_controls_go_back(lab, method):
     lab._text.value = " "
     assert "✘ the expression is empty" in lab._message.value and lab._text.value == SENTENCE

@@ -156,6 +156,7 @@ def test_cues_change_and_the_image_is_not_looked_at_again(lab, method, outside):
     assert (method.seen, len(outside), method.llm.asked) == (1, 1, ["the dog on the left"])
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_too_few_cues_are_repeated():
     lab = CueLab(IMAGE, "the dog on the left", FakePcNet(stages=5))
     assert [reader for reader, _ in rows(lab)] == ["stages 1, 4", "stages 2, 5", "stage 3"]
@@ -179,6 +180,7 @@ def test_a_single_stage():
     assert lab.view.children[1].value.startswith("The method reads 1 cue:") and rows(lab) == [("stage 1", "a mouse")]
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_cues_of_the_method_itself():
     method = FakePcNet(cues=("left", "right"))
     lab = CueLab(IMAGE, "a sentence that the model does not know", method)
@@ -187,6 +189,7 @@ def test_cues_of_the_method_itself():
     assert lab.cues == lab.suggested == ("left", "right") and not method.llm.asked
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_another_sentence(lab, method):
     lab.choose_stage(1)
     lab.set_cue(1, "x")
@@ -226,6 +229,7 @@ def test_what_is_drawn(lab):
         np.testing.assert_array_equal(axes.images[1].get_array(), response)
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize(
     "action, arguments, sentence",
     [
@@ -270,6 +274,7 @@ def test_the_trained_module_is_the_default(method, monkeypatch):
     assert CueLab(IMAGE, "the mouse").method is method
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_fields_buttons_and_slider(lab, method):
     lab._list.children[1].children[1].value = " cat "
     assert lab.cues[1] == "cat" and rows(lab)[1][1] == "cat"  # without the white space
@@ -292,6 +297,7 @@ def test_fields_buttons_and_slider(lab, method):
     assert len(method.asked) == 6
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_errors_of_controls_are_sentences_and_controls_go_back(lab):
     lab._text.value = " "
     assert "✘ the expression is empty" in lab._message.value and lab._text.value == "the dog on the left"
@@ -313,6 +319,7 @@ def test_errors_of_controls_are_sentences_and_controls_go_back(lab):
     assert lab._text.value == "the dog on the left" and len(lab.cues) == 1
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_the_untouched_lab_gives_the_answer_of_the_method(monkeypatch):
     monkeypatch.undo()  # the true CLIP looks
     clip, llm = load_clip("toy"), Scripted()

@@ -80,6 +80,7 @@ def test_it_starts_with_the_query_of_the_highest_score(lab, method):
     assert "Query 1, 1 positive and 1 negative points: IoU 0.50, with the generator&#x27;s own" in lab._message.value
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_the_untouched_prompt_gives_the_mask_of_the_method():
     clip = load_clip("toy")
     torch.manual_seed(3)
@@ -93,6 +94,7 @@ def test_the_untouched_prompt_gives_the_mask_of_the_method():
     np.testing.assert_array_equal(lab.labels, prediction.point_labels)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_points_move_and_turn_and_sam_answers(lab, method):
     lab.move(0, 15, 29)
     np.testing.assert_allclose(lab.points, [[15, 29], [45, 6]])
@@ -105,6 +107,7 @@ def test_points_move_and_turn_and_sam_answers(lab, method):
     assert len(method.asked) == 4 and method.embedded == 1
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_reset_and_another_query(lab, method):
     lab.move(1, 3, 4)
     lab.toggle(0)
@@ -133,6 +136,7 @@ def test_without_a_referent(method):
     assert [axes.get_title() for axes in lab.render().figure.axes] == ["query 1: the generator", "you"]
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize(
     "action, arguments, sentence",
     [
@@ -167,6 +171,7 @@ def test_the_trained_generator_is_the_default(method, monkeypatch):
     assert PromptLab(IMAGE, "dog").method is method
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_clicks_of_the_browser(lab):
     click(lab, 0.25, 0.5)
     np.testing.assert_allclose(lab.points, [[15, 15], [45, 6]])
@@ -179,6 +184,7 @@ def test_clicks_of_the_browser(lab):
     assert lab.labels.tolist() == [0, 0] and lab.point == 1
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_controls(lab, method):
     lab._x.value = 15
     np.testing.assert_allclose(lab.points[0], [15, 15])

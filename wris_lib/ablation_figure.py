@@ -105,6 +105,7 @@ def ablation_picture(path: str | Path = RESULTS / "ppt_ablation.json") -> Figure
     theirs.set_xlim(0, 1.1 * max(PAPER.values()))
     ours.set_yticks(places, PAPER, fontsize=10)
     ours.invert_yaxis()
-    ours.set_title(f"ours, ToyRef val: mean of {seeds} seeds (dots), ± standard deviation", loc="left", fontsize=10)
+    made = f"mean of {seeds} seeds (dots), ± standard deviation" if seeds > 1 else "one seed"
+    ours.set_title(f"ours, ToyRef val: {made}", loc="left", fontsize=10)
     theirs.set_title("the paper's Table 3, RefCOCO val", loc="left", fontsize=10)
     return figure

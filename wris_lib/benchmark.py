@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 import wris_lib
-from wris_lib import answers, cost, data, evaluate, page, questions, report
+from wris_lib import answers, comparison_figures, cost, data, evaluate, page, questions, report
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.features import PACKAGES
 from wris_lib.contestants import Contestant, contestants, everyone
@@ -48,6 +48,8 @@ TOY_SPLITS = (
 )
 # Expressions of each split in a comparison of everything.
 LIMIT = 500
+# Whose answers the picture of a comparison shows, and to how many of them.
+PICTURED, EXAMPLES = ("clip_sam surgery", "ppt", "pcnet sam", "iterprime"), 4
 
 Found = dict[tuple[str, str], list[Record]]
 
@@ -68,7 +70,8 @@ def run(
 
     Args:
         methods: names as `contestants` takes them. None: everyone that the stack has the models for, a warning names
-            the others; then also what each of them costs, and all answers to the first split (`wris_lib.answers`).
+            the others; then also what each of them costs, and of the first split all answers (`wris_lib.answers`) and
+            a picture of what is disputed, `NAME.disagreements.jpg`.
         data_specs: splits, such as "toyref:val".
         name: of the files.
         limit: see `records`.
@@ -106,9 +109,7 @@ def run(
     rows = [_row(row, spec, records, seed) for (row, spec), records in found.items()]
     results = report.write(Path(folder) / f"{name}.json", made, rows, costs)
     if methods is None:
-        first = data_specs[0]
-        of_first = {row: records for (row, spec), records in found.items() if spec == first}
-        answers.write(Path(folder) / f"{name}{answers.SUFFIX}", first, of_first)
+        _keep_answers(Path(folder) / name, data_specs[0], found, splits)
     if html is not None:
         page.write(html, results, found, splits, seed)
     return results
@@ -128,6 +129,15 @@ def _share(
                     except Timeout:
                         continue
     return {(row.name, spec): found[row.name, spec] for row in wanted for spec in splits}
+
+
+def _keep_answers(base: Path, spec: str, found: Found, splits: dict[str, list[EvaluationItem]]) -> None:
+    """All answers to one split, and a picture of a few of them."""
+    answered = {row: records for (row, data), records in found.items() if data == spec}
+    answers.write(base.with_name(base.name + answers.SUFFIX), spec, answered)
+    shown = {row: answered[row] for row in PICTURED if row in answered} or answered
+    picture = comparison_figures.disagreements_picture(shown, splits[spec], EXAMPLES)
+    picture.save(base.with_name(f"{base.name}.disagreements.jpg"))
 
 
 def _made(flags: list[str], seed: int) -> dict[str, object]:

@@ -1,9 +1,9 @@
 """Pictures of a comparison of all methods: cost against quality, splits, kinds of expressions, agreement.
 
-All are made from `results/benchmark.json`, or from the answers beside it, and from nothing else.
+All are made from `results/benchmark.json`, or from the answers beside it, and from the split's images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -12,9 +12,14 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
+from wris_lib import examples, show
 from wris_lib.contestants import ORACLE
+from wris_lib.data.coco import decode_mask
+from wris_lib.data.refer import EvaluationItem
 from wris_lib.errors import WrisError
+from wris_lib.evaluate import Record
 from wris_lib.report import Results
 
 # By supervision, in the order in which it grows; Okabe and Ito's, which colour-blind readers tell apart.
@@ -53,10 +58,13 @@ def cost_picture(results: Results, spec: str) -> Figure:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
+    quartiles = [costs[name]["quartiles"] for name in shown]
+    axes.set_xlim(0.8 * min(low for low, _ in quartiles), 1.6 * max(high for _, high in quartiles))
+    points = {name: (costs[name]["milliseconds"], rows[name]["metrics"]["mIoU"]["mean"]) for name in shown}
     for name in shown:
         figures, cost = rows[name]["metrics"]["mIoU"], costs[name]
         style = told.index(cost["supervision"]) % len(COLORS)
-        x, y, (low, high) = cost["milliseconds"], figures["mean"], cost["quartiles"]
+        (x, y), (low, high) = points[name], cost["quartiles"]
         axes.errorbar(
             *(x, y),
             xerr=[[max(0.0, x - low)], [max(0.0, high - x)]],
@@ -66,9 +74,13 @@ def cost_picture(results: Results, spec: str) -> Figure:
             ms=7,
             lw=0.8,
         )
-        axes.annotate(name, (x, y), (6, 4), textcoords="offset points", fontsize=9)
+        # To the left where another point is close on the right, so that no name covers one.
+        beside = any(1 <= other[0] / x < 2 and abs(other[1] - y) < 5 for n, other in points.items() if n != name)
+        place = {"xytext": (-6, 4), "ha": "right"} if beside else {"xytext": (6, 4)}
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=9, **place)
     axes.set_xlabel("milliseconds an expression", fontsize=10)
     axes.set_ylabel("mIoU (%)", fontsize=10)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -152,6 +164,32 @@ def agreement_picture(shares: Float[np.ndarray, "m m"], names: Sequence[str]) ->
     axes.tick_params(axis="x", rotation=60)
     axes.set_title("same mask (IoU of at least 0.5), percent of the expressions", loc="left", fontsize=10)
     return figure
+
+
+def answer_panel(record: Record, item: EvaluationItem, title: str) -> show.Panel:
+    """One answer over its image, with the outline of what was meant."""
+    mask = decode_mask(record["mask"], item.height, item.width)
+    return show.Panel(item.image_path, title, mask=mask, referent=item.mask)
+
+
+def disagreements_picture(
+    found: Mapping[str, Sequence[Record]], items: Sequence[EvaluationItem], count: int, inches: float = 1.7
+) -> show.Picture:
+    """The expressions that some answer well and others badly; in a row what was meant, and everybody's answer.
+
+    Args:
+        found: by a method's name, records of the same expressions in the same order; see `examples.disagreements`.
+        items: of the split, all, in its order.
+        count: of expressions.
+        inches: width of a panel.
+    """
+    panels = []
+    for place in examples.disagreements(found, count):
+        item = items[next(iter(found.values()))[place]["item"]]
+        panels.append(show.Panel(item.image_path, f"“{item.expression}”", referent=item.mask))
+        for name, records in found.items():
+            panels.append(answer_panel(records[place], item, f"{name}\nIoU {records[place]['iou']:.2f}"))
+    return show.grid(panels, columns=1 + len(found), inches=inches)
 
 
 def _table(

@@ -28,6 +28,7 @@ MODULES = {
     "pycocotools": "pycocotools.mask",
     "salesforce-lavis": "lavis.models",
     "eva-decord": "decord",
+    "pytest-xdist": "xdist",
 }
 OPTIONAL = {"salesforce-lavis": "only what uses ALBEF needs it"}
 KERNEL_SECONDS = 60

@@ -5,7 +5,7 @@ failure is can be told from the same records.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -38,7 +38,7 @@ def failures(records: Sequence[Record], seed: int = 0) -> list[tuple[Record, flo
     ]
 
 
-def disagreements(found: dict[str, Sequence[Record]], count: int) -> list[int]:
+def disagreements(found: Mapping[str, Sequence[Record]], count: int) -> list[int]:
     """Expressions that some methods answer well and others badly.
 
     Args:
@@ -54,7 +54,7 @@ def disagreements(found: dict[str, Sequence[Record]], count: int) -> list[int]:
     return [record["place"] for record in _from_different_images(ordered, count)]
 
 
-def agreement(found: dict[str, Sequence[Record]]) -> Float[np.ndarray, "m m"]:
+def agreement(found: Mapping[str, Sequence[Record]]) -> Float[np.ndarray, "m m"]:
     """How often two methods mean the same: share of expressions for which their masks' IoU is at least 0.5.
 
     Two empty masks say nothing, and so do not agree.
@@ -68,6 +68,19 @@ def agreement(found: dict[str, Sequence[Record]]) -> Float[np.ndarray, "m m"]:
         runs = [record["mask"] for record in records]
         same += coco_mask.iou(runs, runs, [False] * len(runs)) >= 0.5
     return same / len(answers)
+
+
+def most_agreed(records: Sequence[Record]) -> int:
+    """Which of several answers to one expression the others agree with most; nobody looks at the truth.
+
+    Args:
+        records: one of each method.
+
+    Returns:
+        The place of the one whose mask has the largest sum of IoUs with the others.
+    """
+    masks = [record["mask"] for record in records]
+    return int((coco_mask.iou(masks, masks, [False] * len(masks)) * (1 - np.eye(len(masks)))).sum(axis=1).argmax())
 
 
 def _from_different_images(records: Iterable[Record], count: int) -> list[Record]:

@@ -281,6 +281,43 @@ def _compare_kinds(answer: Answer, case: str, prediction: Mask, truth: Mask, oth
         raise Wrong(f"{case}, got {got!r}, expected {expected!r}", hint)
 
 
+@exercise("two_names")
+def check_two_names(answer: Answer) -> None:
+    """`two_names() -> first, second, truth, others`: an input on which the rule of `classify_failure` is at its border.
+
+    Two predictions, bool [H, W] like `truth` and each of the masks in the list `others`, that differ in a single pixel:
+    the rule calls the first one "part instead of whole", and the second one "wrong object".
+    """
+    result = _call(answer, "without arguments")
+    if not isinstance(result, tuple | list) or len(result) != 4:
+        raise Wrong(f"got {_short(result)}, expected four things", "`return first, second, truth, others`")
+    masks = (*result[:3], *(result[3] if isinstance(result[3], tuple | list) else [result[3]]))
+    for mask in masks:
+        if not (isinstance(mask, np.ndarray) and mask.dtype == bool and mask.ndim == 2):
+            raise Wrong(f"got {_short(mask)} as a mask, expected a boolean array [H, W]", "others is a list of such")
+        if mask.shape != masks[0].shape:
+            raise Wrong(f"got masks of shapes {masks[0].shape} and {mask.shape}, expected all of one picture")
+    first, second, truth, *others = masks
+    if np.any(np.sum([truth, *others], axis=0) > 1):
+        raise Wrong("some pixel is of two objects", "what is seen at a pixel is one thing: masks do not overlap")
+    if (differing := int((first != second).sum())) != 1:
+        raise Wrong(f"the predictions differ in {differing} pixels, expected a single one")
+    for name, prediction, expected in (("first", first, KINDS[1]), ("second", second, KINDS[2])):
+        if (got := evaluate.outcome(prediction, truth, others)) != expected:
+            shares = [int((prediction & mask).sum()) for mask in (truth, *others)]
+            outside = int((prediction & ~np.any([truth, *others], axis=0)).sum())
+            case = f"the {name} prediction has {shares[0]} of the truth's {truth.sum()} pixels"
+            case += f", {max(shares[1:], default=0)} of another object and {outside} of the background"
+            hints = {
+                "right": "a failure has an IoU below 0.5",
+                "leak": "a part covers less than half of the truth; make the truth larger",
+                "noise": "leave the background out of it",
+                KINDS[1]: "for a wrong object, it needs more of that than of the truth",
+                KINDS[2]: "for a part, no less of it lies in the truth than elsewhere",
+            }
+            raise Wrong(f"{case}, so it is {got!r}, expected {expected!r}", hints.get(got, ""))
+
+
 def _box(x0: int, y0: int, x1: int, y1: int) -> Mask:
     mask = np.zeros((24, 24), bool)
     mask[y0:y1, x0:x1] = True

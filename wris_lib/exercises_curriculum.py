@@ -1,4 +1,5 @@
-"""Checks for the exercises of notebook 03: `Select`, a sentence that is true of one object only, and a prediction.
+"""Checks for the exercises of notebook 03: a sentence that is true of one object only, `Select`, a case in which it
+goes wrong, and a prediction.
 
 They have the form that `wris_lib.exercises` describes.
 """
@@ -8,12 +9,14 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from wris_lib import evaluate
 from wris_lib.ablation_figure import FULL, PAPER, read_ablation
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import Mask
 from wris_lib.exercises import Answer, Wrong, _call, _random_box, _short, exercise
+from wris_lib.methods.ppt.curriculum import mask_ious
 from wris_lib.report import RESULTS
 
 ABLATION = RESULTS / "ppt_ablation.json"
@@ -159,22 +162,77 @@ def _check_sentence(answer: Answer, case: str, boxes: list[Box], names: list[str
     _compare(got, expected, case, len(boxes), hint)
 
 
+@exercise("mislead_select")
+def check_mislead_select(answer: Answer) -> None:
+    """`mislead_select() -> (prediction, referent, candidates)`: the thing was found, and `Select` labels it wrongly.
+
+    `prediction` and `referent` are masks, bool [H, W], `candidates` is a list of them. More than half of the prediction
+    lies on the referent, and some candidate has an IoU of at least ½ with it; but that which fits the prediction best
+    has less.
+    """
+    prediction, referent, candidates = _masks(_call(answer, "without arguments"))
+    hit = (prediction & referent).sum() / prediction.sum()
+    if hit <= 0.5:
+        complaint = f"{hit:.0%} of the prediction lie on the referent, expected more than half"
+        raise Wrong(complaint, "let the network find the right thing, so that only Select is to blame")
+    worth, fits = mask_ious(referent, candidates), mask_ious(prediction, candidates)
+    if worth.max() < 0.5:
+        complaint = f"the best candidate has an IoU of {worth.max():.2f} with the referent, expected 0.5 or more"
+        raise Wrong(complaint, "where all candidates are bad, no rule could choose well")
+    taken = int(fits.argmax())
+    if worth[taken] >= 0.5:
+        hint = "Select takes what has the shape of the prediction, and that need not be the shape of the whole thing"
+        if (worth >= 0.5).all():
+            hint = "all candidates are good labels, so no choice is wrong; SAM also answers with pieces and neighbours"
+        complaint = f"Select takes candidate {taken}, with an IoU of {fits[taken]:.2f} with the prediction"
+        raise Wrong(f"{complaint} and {worth[taken]:.2f} with the referent, which is a good label", hint)
+
+
+def _masks(result: Any) -> tuple[Mask, Mask, Bool[np.ndarray, "y h w"]]:
+    """The learner's masks, if that is what they are."""
+    if not isinstance(result, tuple | list) or len(result) != 3:
+        raise Wrong(f"got {_short(result)}, expected three things", "`return prediction, referent, candidates`")
+    prediction, referent, given = result
+    if not isinstance(given, list | tuple | np.ndarray) or len(given) == 0:
+        raise Wrong(f"got {_short(given)} as candidates, expected a list of at least one mask")
+    names = ("the prediction", "the referent", *(f"candidate {number}" for number in range(len(given))))
+    masks = (prediction, referent, *given)
+    for name, mask in zip(names, masks, strict=True):
+        expected = "expected a mask, an array of shape (H, W) of True and False"
+        if not isinstance(mask, np.ndarray) or mask.ndim != 2:
+            raise Wrong(f"got {_short(mask)} as {name}, {expected}")
+        if mask.dtype != bool:
+            raise Wrong(f"got numbers as {name}, {expected}", "np.zeros((16, 16), bool) makes an empty one")
+        if mask.shape != np.shape(prediction):
+            raise Wrong(f"got {name} of shape {mask.shape}, expected {prediction.shape}, that of the prediction")
+    for name, mask in zip(names, masks[:2], strict=False):
+        if not mask.any():
+            raise Wrong(f"{name} is empty, expected at least one pixel")
+    return prediction, referent, np.stack(given)
+
+
 @exercise("loses_most")
 def check_loses_most(answer: Answer) -> None:
-    """`loses_most() -> int`: which of the ablation's rows 6 to 9 has the lowest mIoU. What was measured decides."""
+    """`loses_most() -> int`: which of the ablation's rows 6 to 8 has the lowest mIoU. What was measured decides."""
     got = _call(answer, "without arguments")
-    if not isinstance(got, Integral) or got not in range(6, 10):
-        raise Wrong(f"got {_short(got)}, expected the number of a row: 6, 7, 8 or 9")
+    single = [name for name in PAPER if name[0] in "678"]
+    if not isinstance(got, Integral) or got not in range(6, 9):
+        hint = "row 9 takes away what rows 7 and 8 take away, so it does not say which of them it was"
+        both = isinstance(got, Integral) and got == 9
+        raise Wrong(f"got {_short(got)}, expected the number of a row: 6, 7 or 8", hint if both else "")
     try:
         rows = read_ablation(ABLATION)
     except WrisError as error:
         raise Wrong(f"row {got} cannot be compared with what was measured: {str(error).rstrip('.')}") from None
     scores = {name: row["metrics"]["mIoU"]["mean"] for name, row in rows.items()}
-    losses = {int(name[0]): scores[FULL] - scores[name] for name in PAPER if name[0] in "6789"}
+    losses = {int(name[0]): scores[FULL] - scores[name] for name in single}
     most = max(losses.values())
     if losses[got] < most:
-        complaint = f"row {got} loses {losses[got]:.1f} mIoU against row 5, and another one loses {most:.1f}"
-        raise Wrong(complaint, "a prediction may be wrong; look at the figure, and say what you had not thought of")
+        complaint = f"against row 5, row {got} loses {losses[got]:.1f} mIoU, and another one {most:.1f}"
+        hint = "a prediction may be wrong; look at the figure, and say what you had not thought of"
+        if got == int(min(single, key=PAPER.get)[0]):
+            hint = "in the paper it is this row; section 3 has measured whose labels are right here"
+        raise Wrong(complaint, hint)
 
 
 def _number(answer: Answer, case: str, *arguments: Any, hint: str) -> int | None:

@@ -208,6 +208,51 @@ def check_match(answer: Answer) -> None:
             raise Wrong(f"{case}, {sorted(pairs)} costs {got:.2f}{better}", hint)
 
 
+@exercise("fool")
+def check_fool(answer: Answer) -> None:
+    """`fool() -> costs`: an input that breaks the plausible way to match, which takes the cheapest pair first.
+
+    `costs` [K, Y] are finite, not negative and all different, with K ≥ Y. What the cheapest pair first costs in the end
+    must be at least twice what the best matching costs.
+    """
+    costs = _matrix(_call(answer, "without arguments"))
+    case = f"for costs {costs.tolist()}" if costs.size <= 18 else f"for costs of shape {costs.shape}"
+    greedy = sum(costs[pair] for pair in _cheapest_first(costs))
+    best = costs[linear_sum_assignment(costs)].sum()
+    if greedy >= 2 * best:
+        return
+    if greedy > best and not np.isclose(greedy, best):
+        hint = "it errs, but not by enough: who goes without has to pay more"
+        raise Wrong(f"{case}, the cheapest pair first pays {greedy:g}, where {best:g} would do", hint)
+    if costs.shape[1] == 1:
+        hint = "with a single object there is nobody whom the cheapest pair could be taken from"
+    elif len(set(costs.argmin(axis=0))) == costs.shape[1]:
+        hint = "each object has a cheapest query of its own; let two of them want the same"
+    elif sum(costs[pair] for pair in _in_turn(costs)) > greedy:
+        hint = "one object after the other would be fooled, but the cheapest pair is of the object that needs it"
+    else:
+        hint = "what is the next best for the object that goes without? Make that dear"
+    raise Wrong(f"{case}, the cheapest pair first pays {greedy:g}, and nothing is cheaper", hint)
+
+
+def _matrix(result: Any) -> np.ndarray:
+    """The learner's costs, if that is what they are."""
+    try:
+        costs = np.asarray(result, float)
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong(f"got {_short(result)}, expected an array [K, Y] of costs") from None
+    if costs.ndim != 2 or costs.size == 0:
+        raise Wrong(f"got shape {costs.shape}, expected [K, Y]", "a row for each query, a column for each object")
+    if costs.shape[0] < costs.shape[1]:
+        hint = "queries are rows, so transpose it or add a row"
+        raise Wrong(f"got {costs.shape[0]} queries for {costs.shape[1]} objects, expected at least as many", hint)
+    if not (np.isfinite(costs).all() and (costs >= 0).all()):
+        raise Wrong("some of the costs are negative, or not finite", "a cost is 0 where a query fits perfectly")
+    if len(np.unique(costs)) < costs.size:
+        raise Wrong("two of the costs are the same", "which of them is taken first would be a matter of luck")
+    return costs
+
+
 def _pairs(case: str, result: Any, shape: tuple[int, ...]) -> Pairs:
     """The learner's pairs of whole numbers, if that is what they are."""
     expected = "expected a list of pairs (query, pseudo-label)"

@@ -61,6 +61,8 @@ def write(
     spec = next(iter(splits))
     records = {name: records for (name, data), records in found.items() if data == spec}
     methods = {name: records[name] for name in records if name != ORACLE} or records
+    figures = tuple(column for column in report.COLUMNS if column not in OUTCOMES)  # these are drawn
+    specs = dict.fromkeys(row["data"] for row in results["rows"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -70,7 +72,7 @@ def write(
     )
     text = environment.get_template("page.html").render(
         made=results["made"],
-        tables={data: report.cells(results, data) for data in dict.fromkeys(row["data"] for row in results["rows"])},
+        tables={data: report.cells(results, data, figures) for data in specs},
         outcomes={name: _shares(results, name, spec) for name in methods},
         colors=report.OUTCOME_COLORS,
         spec=spec,

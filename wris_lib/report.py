@@ -31,7 +31,7 @@ COLUMNS = (
     "wrong object",
 )
 COST_COLUMNS = ("Position", "Others", "ms", "MB", "trained", "supervision")
-MOST_BARS = 40  # in a picture
+MOST_ROWS = 40  # in one picture or table
 # Okabe and Ito's colours, which colour-blind readers tell apart; grey for what is neither right nor interesting.
 OUTCOME_COLORS = dict(zip(OUTCOMES, ("#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#DDDDDD"), strict=True))
 
@@ -78,26 +78,40 @@ def write(
     results = {"made": made, "rows": list(merged.values())} | ({"costs": costs} if costs else {})
     write_json(path, results)
     with atomic_write(path.with_suffix(".md"), "w") as file:
-        file.write(table(results) + "\n")
+        file.write(_tables(results) + "\n")
     with atomic_write(path.with_suffix(".png")) as file:
         picture(results).savefig(file, format="png", dpi=100)
     return results
 
 
-def table(results: Results, columns: tuple[str, ...] = COLUMNS) -> str:
-    """Results as a Markdown table: percent, ± the bootstrap's standard error; costs where they were measured."""
-    lines = cells(results, columns=columns)
+def table(results: Results, data: str | None = None, columns: tuple[str, ...] = COLUMNS) -> str:
+    """Results as a Markdown table: percent, ± the bootstrap's standard error; costs where they were measured.
+
+    Args:
+        results: as `read` has them.
+        data: only this split, without a column for it.
+        columns: metrics to show.
+    """
+    lines, names = cells(results, data, columns), 2 if data is None else 1
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     # Names to the left, figures to the right.
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     padded = [
         [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < names else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         for line in (lines[0], rule, *lines[1:])
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def _tables(results: Results) -> str:
+    """One table, or where that would be too long one for each split."""
+    if len(results["rows"]) <= MOST_ROWS:
+        return table(results)
+    splits = dict.fromkeys(row["data"] for row in results["rows"])
+    return "\n\n".join(["# Split by split", *(f"## {data}\n\n{table(results, data)}" for data in splits)])
 
 
 def cells(results: Results, data: str | None = None, columns: tuple[str, ...] = COLUMNS) -> list[list[str]]:
@@ -135,11 +149,13 @@ def _cost_cells(cost: dict[str, Any] | None) -> list[str]:
 def picture(results: Results) -> Figure:
     """mIoU with its 95 % interval, and beside it what became of the expressions; one bar a row.
 
-    Where that would be more than `MOST_BARS`, only the first row's split is shown.
+    Where that would be more than `MOST_ROWS`, only the first row's split is shown.
     """
     rows = results["rows"]
-    if len(rows) > MOST_BARS:
+    if len(rows) > MOST_ROWS:
         rows = [row for row in rows if row["data"] == rows[0]["data"]]
+    splits = {row["data"] for row in rows}
+    labels = [row["name"] if len(splits) == 1 else f"{row['name']}, {row['data']}" for row in rows]
     figure = Figure(figsize=(9, 1.3 + 0.3 * len(rows)), layout="constrained")
     scores, shares = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
     places = range(len(rows))
@@ -151,9 +167,10 @@ def picture(results: Results) -> Figure:
     scores.barh(places, means, xerr=reach, color="#56B4E9", error_kw={"lw": 1})
     for place, mean in zip(places, means, strict=True):
         scores.text(1, place, f"{mean:.1f}", va="center", fontsize=8)
-    scores.set_yticks(places, [f"{row['name']}, {row['data']}" for row in rows], fontsize=9)
+    scores.set_yticks(places, labels, fontsize=9)
     scores.invert_yaxis()
-    scores.set_title("mIoU and its 95 % interval", loc="left", fontsize=10)
+    where = f"{splits.pop()}: " if len(splits) == 1 else ""
+    scores.set_title(f"{where}mIoU and its 95 % interval", loc="left", fontsize=10)
     start = [0.0] * len(rows)
     for outcome in OUTCOMES:
         widths = [row["metrics"][outcome]["mean"] for row in rows]

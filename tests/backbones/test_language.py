@@ -163,7 +163,7 @@ def test_nasty_input(toy: Parser):
     assert toy.parse([]) == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts=st.lists(st.text(max_size=40), max_size=4))
 def test_any_text(toy: Parser, texts: list[str]):
     for expression, parse in zip(texts, toy.parse(texts), strict=True):

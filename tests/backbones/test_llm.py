@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from wris_lib.backbones import llm as module
 from wris_lib.backbones.llm import LocalLlm, RemoteLlm, build_toy_t5, local_llm, toy_tokenizer
 from wris_lib.errors import WrisError
 
@@ -142,6 +143,13 @@ def test_an_endpoint_that_is_not_there():
 
 # ------------------------------------------------------------------------------------------------ on this machine
 
+MOST = 24  # tokens that a model writes here; one with random weights hardly ever stops by itself
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(module, "MAX_NEW_TOKENS", MOST)
+
 
 def test_the_toy_tokenizer_reads_and_writes_lines():
     tokenizer = toy_tokenizer()
@@ -161,7 +169,7 @@ def small_causal(template: str | None = None) -> LocalLlm:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_answers_do_not_depend_on_what_else_is_asked(causal):
+def test_answers_do_not_depend_on_what_else_is_asked(short, causal):
     torch.manual_seed(0)
     llm = small_causal() if causal else LocalLlm("toy", build_toy_t5(), toy_tokenizer())
     for parameter in llm.model.parameters():  # as they are first, a T5 says nothing
@@ -172,24 +180,24 @@ def test_answers_do_not_depend_on_what_else_is_asked(causal):
     assert any(together) and not any("<" in text for text in together)
 
 
-def test_a_causal_model_answers_without_repeating_the_prompt():
+def test_a_causal_model_answers_without_repeating_the_prompt(short):
     llm = small_causal()
     read = llm.tokenizer("the dog", return_tensors="pt").input_ids
-    written = llm.model.generate(read, max_new_tokens=120, do_sample=False, pad_token_id=llm.tokenizer.pad_token_id)
+    written = llm.model.generate(read, max_new_tokens=MOST, do_sample=False, pad_token_id=llm.tokenizer.pad_token_id)
     expected = llm.tokenizer.decode(written[0, read.shape[1] :], skip_special_tokens=True)
     assert next(llm.answer(["the dog"])) == expected
 
 
-def test_a_chat_model_gets_its_own_template():
+def test_a_chat_model_gets_its_own_template(short):
     template = "{% for m in messages %}the {{ m.content }} on the left{% endfor %}"
     chat, plain = small_causal(template), small_causal()
     tokens = plain.tokenizer("the dog on the left", add_special_tokens=False, return_tensors="pt").input_ids
-    written = chat.model.generate(tokens, max_new_tokens=120, do_sample=False, pad_token_id=0)
+    written = chat.model.generate(tokens, max_new_tokens=MOST, do_sample=False, pad_token_id=0)
     assert next(chat.answer(["dog"])) == chat.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_folder_in_the_hub_s_format_is_loaded(tmp_path, causal):
+def test_a_folder_in_the_hub_s_format_is_loaded(short, tmp_path, causal):
     torch.manual_seed(0)
     llm = small_causal() if causal else LocalLlm("toy", build_toy_t5(), toy_tokenizer())
     llm.model.save_pretrained(tmp_path, safe_serialization=True)

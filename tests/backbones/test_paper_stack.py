@@ -17,6 +17,7 @@ from tests.random_stack import (
     save_albef_as_its_authors_do,
     save_clip_as_openai_does,
     save_sam_as_meta_does,
+    unfilled,
 )
 from wris_lib.backbones.checkpoints import STACKS, checkpoint_path
 from wris_lib.backbones.clip import Clip, load_clip
@@ -63,12 +64,14 @@ def reference(tmp_path_factory) -> Iterator[Reference]:
 
 @pytest.fixture(scope="module")
 def clip(reference: Reference) -> Clip:
-    return load_clip("paper", device="cpu")
+    with unfilled():
+        return load_clip("paper", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def sam(reference: Reference) -> Segmenter:
-    return load_sam("paper", device="cpu")
+    with unfilled():
+        return load_sam("paper", device="cpu")
 
 
 def test_clip_computes_what_open_clip_does(clip: Clip, reference: Reference) -> None:
@@ -172,7 +175,8 @@ def albef(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
 
 def test_albef_is_read_and_iterprime_runs_on_it(albef: dict[str, Tensor], image: Image.Image) -> None:
-    matcher = load_matcher("paper", device="cpu")
+    with unfilled():
+        matcher = load_matcher("paper", device="cpu")
     assert matcher.grid == (16, 16) and matcher.layer == 8 and matcher.layers == range(6, 12)
     loaded = matcher.model.state_dict()
     assert loaded.keys() == albef.keys() and all(torch.equal(loaded[name], albef[name]) for name in albef)

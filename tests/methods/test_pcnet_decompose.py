@@ -1,7 +1,5 @@
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import processes
 from wris_lib.backbones.language import Parser, load_parser
 from wris_lib.errors import WrisError
 from wris_lib.methods.pcnet import decompose as module
@@ -157,25 +156,23 @@ def test_what_was_answered_before_a_failure_is_kept():
     assert llm.asked == ["b"]
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from wris_lib.methods.pcnet.decompose import remembered
-class Llm:
+class Mortal:
     name, follows_instructions = "scripted", True
+
     def answer(self, prompts):
         for number, prompt in enumerate(prompts):
             if number == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield prompt.upper()
-list(remembered(Llm(), list("abcdef")))
-"""
 
 
-def test_what_was_answered_before_a_kill_is_kept(cache):
-    root = Path(__file__).parents[2]
-    killed = subprocess.run([sys.executable, "-c", KILLED.format(tests=str(root))], cwd=root, env=os.environ)
-    assert killed.returncode == -signal.SIGKILL
+def ask_until_killed():
+    list(remembered(Mortal(), list("abcdef")))
+
+
+def test_what_was_answered_before_a_kill_is_kept(cache, tmp_path):
+    log = tmp_path / "log.txt"
+    assert processes.run(log, ask_until_killed) == -signal.SIGKILL, log.read_text()
     llm = Scripted("D", "E", "F")
     assert list(remembered(llm, list("abcdef"))) == list("ABCDEF")
     assert llm.asked == ["d", "e", "f"]

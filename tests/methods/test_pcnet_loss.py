@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wris_lib.errors import WrisError
@@ -89,7 +89,6 @@ def test_without_proposals_nothing_is_known():
     assert found.tolist() == [1, 1]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000))
 def test_ambiguity_lies_between_0_and_2(seed):
     generator = torch.Generator().manual_seed(seed)

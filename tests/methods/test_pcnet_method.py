@@ -322,7 +322,7 @@ def test_segment_without_a_language_model(models, clip, tmp_path, monkeypatch):
 
 def test_weights_that_are_not_there_or_of_something_else(models, path, clip, tokenizer, tmp_path):
     image = picture((70, 40), 6)
-    with pytest.raises(WrisError, match="no trained pcnet comes with the paper stack; train one with .* weights=…"):
+    with pytest.raises(WrisError, match="no trained pcnet comes with the paper stack; train one with .* --stack paper"):
         segment(image, "car", method="pcnet", stack="paper")
     with pytest.raises(
         WrisError, match="there is no trained pcnet at /no/file; `python -m wris_lib train pcnet` makes"

@@ -57,7 +57,7 @@ def test_every_object_has_its_colour_where_its_mask_is(make, count):
         assert scene.names == tuple(names) and not scene.covers
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(8, 60), st.integers(8, 50))
 def test_a_placed_object_is_seen_whole(seed, width, height):
     scene = place(picture("dog", 5, 5, width, height), 64, np.random.default_rng(seed))
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_scene():
         assert (first.image != other.image).any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_fusion_hides_no_object_too_much_and_knows_who_covers_whom(seed):
     rng = np.random.default_rng(seed)
@@ -129,7 +129,7 @@ def test_the_middle_and_what_is_too_small():
     assert all_sentences(small)[1] == set()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(0, 10_000))
 def test_no_sentence_is_said_of_two_objects(seed):
     rng = np.random.default_rng(seed)

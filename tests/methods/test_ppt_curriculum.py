@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -28,13 +28,17 @@ ROUNDS = (Round(1, ("H_sem", "D_sem"), 0.5), Round(2, DATASETS, 0.5, 0.5))
 TRAINING = Training(steps=6, learning_rate=1e-2)
 
 
-@pytest.fixture
-def small(monkeypatch):
+def make_small(patch: pytest.MonkeyPatch) -> None:
     """Batches of three expressions, checkpoints at every other step."""
     for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
-        monkeypatch.setattr(training, name, value)
+        patch.setattr(training, name, value)
     recipe = curriculum.Recipe
-    monkeypatch.setattr(curriculum, "Recipe", lambda *args, **more: recipe(*args, **more | {"checkpoint_every": 2}))
+    patch.setattr(curriculum, "Recipe", lambda *args, **more: recipe(*args, **more | {"checkpoint_every": 2}))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    make_small(monkeypatch)
 
 
 def without_time(done: list[Done]) -> list[list[dict]]:
@@ -236,7 +240,6 @@ def test_predictions_are_the_masks_of_the_best_prompts(data, clip, segmenter):
 masks = st.lists(st.booleans(), min_size=6, max_size=6)
 
 
-@settings(deadline=None)
 @given(masks, st.lists(masks, min_size=1, max_size=4))
 def test_ious(one, others):
     found = mask_ious(np.array(one).reshape(2, 3), np.array(others).reshape(-1, 2, 3))
@@ -253,13 +256,22 @@ class PowerCut(Exception):
     pass
 
 
-@pytest.fixture
-def straight(data, segmenter, small, tmp_path):
-    """An uninterrupted run: the generator and what it yielded."""
-    generator = tiny_generator()
-    done = list(train(generator, segmenter, data, ROUNDS, TRAINING, tmp_path / "straight"))
+@pytest.fixture(scope="module")
+def uninterrupted(data, segmenter, tmp_path_factory):
+    """A run: the generator, what it yielded, and its folder."""
+    generator, folder = tiny_generator(), tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        done = list(train(generator, segmenter, data, ROUNDS, TRAINING, folder))
     assert [len(each.log) for each in done] == [3, 3]
     assert not same_weights(generator, tiny_generator())
+    return generator, done, folder
+
+
+@pytest.fixture
+def straight(uninterrupted, small):
+    """Generator and yield of an uninterrupted run; others are as small."""
+    generator, done, _ = uninterrupted
     return generator, done
 
 
@@ -321,13 +333,12 @@ def test_it_goes_on_when_it_is_asked_to(data, segmenter, straight, tmp_path):
     assert same_weights(resumed, straight[0])
 
 
-def test_a_selection_is_made_once_and_read_again(data, segmenter, straight, tmp_path, monkeypatch):
-    path = tmp_path / "straight" / "round 2" / "referents.npy"
-    generator, done = straight
-    assert np.load(path).tolist() == done[1].referents[data.of(["H_ref"])].tolist()
+def test_a_selection_is_made_once_and_read_again(data, segmenter, uninterrupted, small, monkeypatch):
+    generator, done, folder = uninterrupted
+    assert np.load(folder / "round 2" / "referents.npy").tolist() == done[1].referents[data.of(["H_ref"])].tolist()
     monkeypatch.setattr(curriculum, "select", None)
     again = tiny_generator()
-    repeated = list(train(again, segmenter, data, ROUNDS, TRAINING, tmp_path / "straight"))
+    repeated = list(train(again, segmenter, data, ROUNDS, TRAINING, folder))
     assert same_weights(again, generator) and without_time(repeated) == without_time(done)
 
 

@@ -56,7 +56,7 @@ def test_a_batch_is_padded(collected):
     assert torch.equal(labels.masks[0], torch.from_numpy(collected.candidates(1)).float())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(UNKNOWN, 8))
 def test_of_many_candidates_the_referent_and_some_others_are_drawn(seed, count, referent):
     collector, squares = Collector(16), [square(4 * n, 0, 4, (64, 64)) for n in range(count)]
@@ -83,7 +83,7 @@ def test_which_others_are_drawn_changes():
     assert set(many.masks[:, :, 0].argmax(dim=2).flatten().tolist()) == set(range(9))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_points_fill_the_box_and_know_the_mask(seed):
     rng = np.random.default_rng(seed)

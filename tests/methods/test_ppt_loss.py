@@ -95,7 +95,7 @@ def test_terms_of_every_pair(seed):
     assert all(torch.equal(without[name], terms[name]) for name in without)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.permutations(range(M)), st.permutations(range(M)))
 def test_points_are_sets(ours, theirs):
     prompts, labels, _ = sample()
@@ -129,7 +129,7 @@ def test_points_spread_over_the_box_and_know_their_places():
     assert clear.sum() >= 4 and torch.equal(logits.detach()[0, 0][clear] > 0, points[clear, 0] < 0.5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_matching_is_the_best_of_all(seed, present):
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from open_clip.model import build_model_from_openai_state_dict
 from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
-from tests.backbones.test_paper_stack import noise
+from tests.random_stack import noise
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam, decode_prompts
 from wris_lib.errors import WrisError
@@ -218,7 +218,7 @@ def test_heads_reach_from_near_to_far():
     torch.testing.assert_close(reach, torch.tensor([0.08, 0.08**0.5, 1.0]))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
 def test_groups_bring_every_expression_to_its_image_and_back(image):
     groups = Groups(torch.tensor(image), 4)
@@ -329,7 +329,6 @@ def test_of_every_prompt_a_point_is_positive():
     assert point_labels(torch.tensor(logits)).tolist() == expected
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=3, max_size=3), min_size=1, max_size=5))
 def test_labels_follow_the_logits(logits):
     for row, labels in zip(logits, point_labels(torch.tensor(logits)).tolist(), strict=True):

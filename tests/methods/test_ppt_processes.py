@@ -2,21 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 
+from tests import processes
 from tests.backbones import test_clip
 from tests.methods import test_ppt_training
-from tests.methods.test_ppt_curriculum import same_weights
+from tests.methods.test_ppt_curriculum import make_small, same_weights
 from tests.methods.test_ppt_training import tiny_generator
-from wris_lib.methods.ppt import curriculum, training
+from wris_lib.methods.ppt import curriculum
 from wris_lib.methods.ppt.curriculum import Round, Training, train
 from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.training import DATASETS
@@ -24,19 +22,10 @@ from wris_lib.methods.ppt.training import DATASETS
 tokenizer, clip = test_clip.tokenizer, test_ppt_training.clip
 segmenter, data = test_ppt_training.segmenter, test_ppt_training.data
 
-ROOT = Path(__file__).parent.parent.parent
 ROUNDS = (Round(1, ("H_sem", "D_sem"), 0.5), Round(2, DATASETS, 0.5))  # the second one selects referents
 KILLED = Training(steps=10, learning_rate=1e-2)
 ALONE = Training(steps=4, learning_rate=1e-2, precision="fp32")
 SHARED = replace(ALONE, shares=2)
-
-
-def make_small(patch: Callable[[Any, str, Any], None]) -> None:
-    """Batches of three expressions, checkpoints at every other step. `patch` is setattr, or monkeypatch.setattr."""
-    for name, value in (("IMAGES_PER_STEP", 3), ("EXPRESSIONS_PER_IMAGE", 1), ("MASKS_PER_STEP", 1)):
-        patch(training, name, value)
-    recipe = curriculum.Recipe
-    patch(curriculum, "Recipe", lambda *args, **more: recipe(*args, **more | {"checkpoint_every": 2}))
 
 
 def work(folder: Path, name: str, setting: Training, deadly_step: int | None = None) -> PointGenerator:
@@ -63,10 +52,15 @@ def work(folder: Path, name: str, setting: Training, deadly_step: int | None = N
         return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        make_small(patch.setattr)
+        make_small(patch)
         patch.setattr(curriculum, "training_loss", deadly)
         list(train(generator, segmenter, data, ROUNDS, setting, folder / name))
     return generator
+
+
+def work_together(folder: Path) -> None:
+    work(folder, "two", SHARED)
+    assert PartialState().num_processes == 2
 
 
 @pytest.fixture
@@ -76,26 +70,14 @@ def folder(tmp_path, segmenter, data) -> Path:
     return tmp_path
 
 
-def elsewhere(folder: Path, call: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Run `call` in a new process."""
-    script = folder / "script.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        f"from tests.methods.test_ppt_processes import *\nfolder = Path({str(folder)!r})\n{call}\n"
-    )
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-
-
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_kill_minus_nine_in_the_middle_of_a_round(folder):
     """The fourth step of the second round: one that was made since the last checkpoint is lost."""
-    result = elsewhere(folder, "work(folder, 'killed', KILLED, deadly_step=8)")
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    log = folder / "log.txt"
+    assert processes.run(log, work, folder, "killed", KILLED, 8) == -signal.SIGKILL, log.read_text()
     assert files(folder / "killed") == {"round 1/checkpoint.pt", "round 2/checkpoint.pt", "round 2/referents.npy"}
     kept = torch.load(folder / "killed" / "round 2" / "checkpoint.pt", weights_only=True)
     assert len(kept["log"]) == 2
@@ -106,11 +88,7 @@ def test_kill_minus_nine_in_the_middle_of_a_round(folder):
 def test_two_processes_match_one(folder):
     """Each computes one of a batch's two shares; one process computes both, or the batch at once."""
     alone, one = work(folder, "alone", ALONE), work(folder, "one", SHARED)
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
-    launcher += ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
-    call = "from accelerate import PartialState\nwork(folder, 'two', SHARED)\nassert PartialState().num_processes == 2"
-    result = elsewhere(folder, call, launcher)
-    assert result.returncode == 0, result.stderr
+    processes.run_two(folder, work_together, folder)
     assert files(folder / "two") == files(folder / "one")
     for path in sorted(files(folder / "one")):
         if path.endswith(".npy"):

@@ -220,7 +220,7 @@ CHECKPOINTS |= {f"round {number}/referents.npy" for number in range(3, 7)}
 
 
 def test_a_trial_stays_in_its_folder(world, trial, clip):
-    assert files(trial) == CHECKPOINTS | {"data.json", "ppt.safetensors", "ppt.md"}
+    assert files(trial) == CHECKPOINTS | {"data.json", "ppt.safetensors", "ppt.md", "SHA256SUMS"}
     assert not (world / "package").exists()
     trained = torch.load(trial / "round 6" / "checkpoint.pt", weights_only=True)["model"]
     written = load_generator(trial / "ppt.safetensors", clip)

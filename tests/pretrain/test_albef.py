@@ -262,7 +262,7 @@ def test_batches_get_harder(data, tokenizer, few, monkeypatch):
 
 def test_the_image_encoder_starts_where_clip_is(data):
     model, clip = Albef(SIZES["toy"]), load_clip("toy", "cpu")
-    images = torch.from_numpy(data.images)
+    images = torch.from_numpy(data.images[:3])
     albef.start_from_clip(model, clip, images)
     with torch.no_grad():
         states = model.embed_images(albef.pixels(images))

@@ -70,9 +70,9 @@ def test_analyses_by_hand(tree: str):
 
 
 def test_analyses_say_what_the_phrases_say():
-    """Thousands of phrases, put into words as ever: each property hangs on the noun that it was said of."""
+    """Hundreds of phrases, put into words as ever: each property hangs on the noun that it was said of."""
     rng = np.random.default_rng(5)
-    for number in range(2000):
+    for number in range(600):
         phrase = draw_phrase(rng)
         text = wording.say(phrase, rng, article="a" if number % 3 else "the", telegraphic=number % 2 == 0)
         found = analyse(text)
@@ -126,7 +126,7 @@ def test_every_word_of_the_toy_world_has_a_class():
         analyse("the red zebra")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 10**6))
 def test_sentences_are_trees_without_crossing_lines(seed: int):
     rng = np.random.default_rng(seed)

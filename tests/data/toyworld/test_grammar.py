@@ -150,7 +150,7 @@ def test_wording():
     assert (wording.plural("bus"), wording.plural("woman"), wording.plural("cup")) == ("buses", "women", "cups")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 100_000))
 def test_every_phrase_refers_to_its_object_alone(seed):
     rng = np.random.default_rng(seed)

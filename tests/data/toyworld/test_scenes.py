@@ -13,7 +13,7 @@ from wris_lib.data.toyworld.sprites import drawings
 seeds = st.integers(0, 10_000)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds)
 def test_labels_boxes_and_areas_agree(seed):
     scene = sample_scene(np.random.default_rng(seed))
