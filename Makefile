@@ -13,14 +13,14 @@ unexport PYTHONPATH PYTHONHOME
 .PHONY: help lab test test-browser test-students book setup student assignments
 
 help:
-	@echo "make lab          open the course in JupyterLab"
-	@echo "make test         check style, run the unit tests and every notebook"
+	@echo "make lab            open the course in JupyterLab"
+	@echo "make test           check style, run the unit tests and every notebook"
 	@echo "make test-browser   run every notebook in JupyterLab in a browser, and work its widgets"
 	@echo "make test-students  run the students' copies of the notebooks"
-	@echo "make setup        only make the environment, in .venv"
-	@echo "make book         build the course as a site, in build/book"
-	@echo "make student      write the notebooks without their solutions, into build/student"
-	@echo "make assignments  make a course for nbgrader, into build/assignments"
+	@echo "make setup          only make the environment, in .venv"
+	@echo "make book           build the course as a site, in build/book"
+	@echo "make student        write the notebooks without their solutions, into build/student"
+	@echo "make assignments    make a course for nbgrader, into build/assignments"
 
 # Jupyter refuses to work for root unless it is told to; in containers there is often nobody else.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
