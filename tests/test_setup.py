@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PATIENCE = 600  # seconds; only so that nothing hangs for ever on a machine that has much else to do
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+LOCKS = {"docs/requirements.lock": "book", "tests/browser/requirements.lock": "browser"}  # of pyproject.toml's extras
 PLATFORMS = {
     "linux": {"sys_platform": "linux", "platform_machine": "x86_64", "os_name": "posix"},
     "macos": {"sys_platform": "darwin", "platform_machine": "arm64", "os_name": "posix"},
@@ -33,8 +34,8 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def lock() -> list[Requirement]:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
+def lock(file: str = "requirements.lock") -> list[Requirement]:
+    lines = (ROOT / file).read_text().splitlines()
     return [Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
 
 
@@ -62,9 +63,18 @@ def test_the_lock_has_one_fitting_version_of_each_dependency(python: str, platfo
             assert versions[canonicalize_name(wanted.name)] in wanted.specifier
 
 
-@pytest.mark.parametrize("file", ["requirements.lock", "docs/requirements.lock", "environment.yml", "pyproject.toml"])
+@pytest.mark.parametrize("file", ["requirements.lock", *LOCKS, "environment.yml", "pyproject.toml"])
 def test_no_package_index_is_named(file: str):
     assert not re.search(r"https?://|--(extra-)?index-url|--find-links", (ROOT / file).read_text())
+
+
+@pytest.mark.parametrize("file, extra", LOCKS.items())
+def test_what_comes_on_top_fits_the_extra(file: str, extra: str):
+    listed = re.search(rf"^{extra} = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1]
+    pins = {pin.name: pin.specifier for pin in lock(file)}
+    for wanted in map(Requirement, re.findall(r'"(.*?)"', listed)):
+        (pin,) = pins[wanted.name]
+        assert pin.operator == "==" and pin.version in wanted.specifier
 
 
 def test_environment_yml_fits_the_ranges_of_pyproject():
@@ -95,7 +105,7 @@ def test_only_decords_platform_tag_is_passed_over():
 
 
 def test_everything_that_is_imported_is_locked():
-    locked = {canonicalize_name(pin.name) for pin in lock()}
+    locked = {canonicalize_name(pin.name) for file in ("requirements.lock", *LOCKS) for pin in lock(file)}
     providers = packages_distributions()
     sources = [*ROOT.glob("wris_lib/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
     for source in sources:
@@ -112,7 +122,8 @@ def test_make_test_runs_the_four_checks():
     for check in ("ruff check", "ruff format --check", unit_tests, "pytest --nbmake notebooks"):
         assert f".venv/bin/python -m {check}\n" in listed
     described = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"make {command}" in described for command in ("lab", "test", "setup", "student", "assignments"))
+    commands = "lab", "test", "test-browser", "setup", "student", "assignments"
+    assert all(f"make {command}" in described for command in commands)
 
 
 # scripts/setup, on a checkout with one dependency, both built by a backend that needs no other package

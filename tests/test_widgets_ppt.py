@@ -177,6 +177,7 @@ def test_clicks_of_the_browser(lab):
     np.testing.assert_allclose(lab.points, [[15, 15], [45, 6]])
     lab._point.value = 1
     assert lab.point == 1 and (lab._x.value, lab._y.value) == (45, 6)
+    assert "working" not in lab._message.value
     click(lab, 0.999999, 1.0)  # the very corner
     np.testing.assert_allclose(lab.points, [[15, 15], [59, 29]])
     click(lab, 0.3, 0.3, shift=True)  # point 0 is nearest, though point 1 is chosen

@@ -225,8 +225,10 @@ class PointLab(Lab):
         undo, clear, add = (
             ipywidgets.Button(description=name, layout={"width": "80px"}) for name in ("Undo", "Clear", "Add")
         )
-        x = ipywidgets.IntSlider(width // 2, 0, width - 1, description="x", layout={"width": "260px"})
-        y = ipywidgets.IntSlider(height // 2, 0, height - 1, description="y", layout={"width": "260px"})
+        x, y = (
+            ipywidgets.IntSlider(size // 2, 0, size - 1, description=name, tooltip=tooltip, layout={"width": "260px"})
+            for name, tooltip, size in (("x", "pixels from the left", width), ("y", "pixels from the top", height))
+        )
         add.tooltip = "add a point at x and y"
 
         def clicked(_: Any, at: dict[str, Any], __: Any) -> None:

@@ -67,7 +67,9 @@ class CompareLab(Lab):
             tooltip="expression",
             layout={"width": "400px"},
         )
-        self._upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="Upload a picture")
+        self._upload = ipywidgets.FileUpload(
+            accept="image/*", multiple=False, description="Upload a picture", tooltip="a file of your own"
+        )
         self._upload.layout.width = "180px"
         self._text.observe(lambda change: self._do(self.find, change["new"]), "value")
         self._upload.observe(lambda change: self._try(self._uploaded, change["new"]), "value")

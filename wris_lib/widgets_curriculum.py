@@ -71,11 +71,13 @@ class StageLab(Lab):
             options=[(name, number) for number, name in enumerate(self.names)],
             value=self.stage,
             description="stage",
+            tooltip="stage of the training",
             layout={"width": "500px"},
         )
         self._text = ipywidgets.Text(
             continuous_update=False,  # that is: on Enter
             description="expression",
+            tooltip="what to look for",
             layout={"width": "400px"},
         )
         self._slider.observe(lambda change: self._do(self.show_stage, change["new"]), "value")

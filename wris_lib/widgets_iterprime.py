@@ -249,20 +249,27 @@ class RefinementLab(Lab):
         self._text = ipywidgets.Text(
             continuous_update=False,  # that is: on Enter
             description="sentence",
+            tooltip="what to look for",
             layout={"width": "490px"},
         )
         self._primary, self._layer, self._aggregation = (
-            ipywidgets.Dropdown(options=options, description=name, layout={"width": "220px"})
-            for name, options in (("primary", [NONE]), ("layer", self._matcher.layers), ("maps", AGGREGATIONS))
-        )
-        self._threshold, self._decay = (
-            ipywidgets.FloatSlider(
-                least, min=least, max=1, step=0.01, description=name, continuous_update=False, layout={"width": "300px"}
+            ipywidgets.Dropdown(options=options, description=name, tooltip=tooltip, layout={"width": "220px"})
+            for name, tooltip, options in (
+                ("primary", "the primary word", [NONE]),
+                ("layer", "text layer whose attention is read", self._matcher.layers),
+                ("maps", "how one map is made of those of the tokens", AGGREGATIONS),
             )
-            for name, least in (("θ", 0.01), ("λ", 0))
+        )
+        alike = {"continuous_update": False, "layout": {"width": "270px"}}  # three stand beside each other
+        self._threshold, self._decay = (
+            ipywidgets.FloatSlider(least, min=least, max=1, step=0.01, description=name, tooltip=tooltip, **alike)
+            for name, tooltip, least in (
+                ("θ", "threshold: the lower, the more is hidden", 0.01),
+                ("λ", "decay: how much later looks count", 0),
+            )
         )
         self._passes = ipywidgets.IntSlider(
-            0, 0, 6, description="ν", continuous_update=False, layout={"width": "300px"}
+            0, 0, 6, description="ν", tooltip="passes: at most so many looks after the first", **alike
         )
         for control, action in (
             (self._text, self.set_sentence),

@@ -278,6 +278,7 @@ class CueLab(Lab):
         self._text = ipywidgets.Text(
             continuous_update=False,  # that is: on Enter
             description="sentence",
+            tooltip="what to look for",
             layout={"width": "490px"},
         )
         self._list = ipywidgets.VBox()
@@ -286,7 +287,14 @@ class CueLab(Lab):
             ipywidgets.Button(description=name, tooltip=tooltip, layout={"width": "80px"})
             for name, tooltip in (("Add", "put it behind the others"), ("Reset", "the suggested cues"))
         )
-        self._slider = ipywidgets.IntSlider(self.stage, 1, self.stages, description="stage", layout={"width": "300px"})
+        self._slider = ipywidgets.IntSlider(
+            self.stage,
+            1,
+            self.stages,
+            description="stage",
+            tooltip="the stage that is framed",
+            layout={"width": "300px"},
+        )
         reads = "1 cue" if self.stages == 1 else f"{self.stages} cues"
         rule = ipywidgets.Label(f"The method reads {reads}: fewer are repeated, more are not read.")
         self._text.observe(lambda change: self._do(self.set_sentence, change["new"]), "value")

@@ -194,17 +194,19 @@ class PromptLab(Lab):
         mask: Bool[np.ndarray, "H W"],
     ) -> None:
         self.query, self.points, self.labels, self.mask = query, points, labels, mask
-        self._show()
         self._result.value = self.render().jpeg
-        positive = int(labels.sum())
-        worth = f"the mask covers {mask.mean():.0%} of the image"
-        if self.referent is not None:
-            worth = f"IoU {self.iou:.2f}, with the generator's own points {iou(self._proposed[2], self.referent):.2f}"
-        self._say(f"Query {query}, {positive} positive and {len(labels) - positive} negative points: {worth}.")
+        self._show()
 
     def _show(self) -> None:
         self._follow()
         self._picture.jpeg = self._draw_picture().jpeg
+        positive = int(self.labels.sum())
+        worth = f"the mask covers {self.mask.mean():.0%} of the image"
+        if self.referent is not None:
+            worth = f"IoU {self.iou:.2f}, with the generator's own points {iou(self._proposed[2], self.referent):.2f}"
+        self._say(
+            f"Query {self.query}, {positive} positive and {len(self.labels) - positive} negative points: {worth}."
+        )
 
     def _set_controls(self) -> None:
         self._query.value, self._point.value = self.query, self.point
@@ -237,10 +239,14 @@ class PromptLab(Lab):
         self._query = ipywidgets.Dropdown(
             options=[(f"{k}, score {scores[k]:.2f}", k) for k in np.argsort(scores)[::-1].tolist()],
             description="query",
+            tooltip="the query whose points are shown",
             layout={"width": "220px"},
         )
         self._point = ipywidgets.ToggleButtons(
-            options=range(number), description="point", tooltips=["the point to be moved"] * number
+            options=range(number),
+            description="point",
+            tooltip="the point to be moved",
+            tooltips=["the point to be moved"] * number,
         )
         self._point.style.button_width = "40px"
         self._label = ipywidgets.ToggleButtons(
@@ -249,8 +255,16 @@ class PromptLab(Lab):
             style={"button_width": "80px"},
         )
         self._x, self._y = (
-            ipywidgets.IntSlider(0, 0, most - 1, description=name, continuous_update=False, layout={"width": "260px"})
-            for name, most in (("x", width), ("y", height))
+            ipywidgets.IntSlider(
+                0,
+                0,
+                most - 1,
+                description=name,
+                tooltip=tooltip,
+                continuous_update=False,
+                layout={"width": "260px"},
+            )
+            for name, tooltip, most in (("x", "pixels from the left", width), ("y", "pixels from the top", height))
         )
         reset = ipywidgets.Button(description="Reset", layout={"width": "80px"}, tooltip="the generator's own points")
 
