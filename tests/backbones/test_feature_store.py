@@ -166,6 +166,12 @@ def test_whatever_the_numbers_depend_on_makes_another_store(cache, other):
     assert len(stores(cache)) == 2  # the old one is still there
 
 
+def test_a_ragged_array_without_anything_in_any_row(cache):
+    found = open_features(ENCODER, rows(1))[[0, 0]]
+    assert found["steps"].shape == (2, 0, 2) and found["steps mask"].shape == (2, 0)
+    assert found["map"].shape == (2, 2, 3)
+
+
 def test_nothing_to_encode(cache):
     with pytest.raises(WrisError, match="nothing to encode"):
         open_features(ENCODER, rows(0))

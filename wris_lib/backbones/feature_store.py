@@ -79,7 +79,7 @@ class FeatureStore:
         state = _state(folder)
         self._rows = state["done"]
         self._arrays = {
-            name: np.memmap(folder / f"{name}.bin", array["dtype"], "r").reshape(-1, *array["shape"])
+            name: _mapped(folder / f"{name}.bin", array["dtype"]).reshape(-1, *array["shape"])
             for name, array in state["arrays"].items()
         }
         self._spans = {}  # of ragged arrays: where rows begin, and their lengths
@@ -272,6 +272,11 @@ def _state(folder: Path) -> dict[str, Any]:
         if all((folder / f"{name}.bin").stat().st_size >= a["bytes"] for name, a in state["arrays"].items()):
             return state
     return {"done": 0, "arrays": {}, "used": 0.0}
+
+
+def _mapped(path: Path, dtype: str) -> np.ndarray:
+    """A file's numbers. One without any cannot be mapped: a ragged array may have nothing in any row."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _lock_of(folder: Path) -> Path:
