@@ -39,11 +39,12 @@ def _write(field: Locator, _: Path) -> Iterator[None]:
 
 
 def _select(menu: Locator, _: Path) -> Iterator[None]:
+    """Some other options, then the one that was there."""
     present = menu.input_value()
-    for option in menu.locator("option").all()[:3]:
-        if option.get_attribute("value") != present:
-            menu.select_option(option.get_attribute("value"))
-            yield
+    values = [option.get_attribute("value") for option in menu.locator("option").all()]
+    for value in [*[value for value in values if value != present][:3], present]:
+        menu.select_option(value)
+        yield
 
 
 def _switch(buttons: Locator, _: Path) -> Iterator[None]:
@@ -222,9 +223,10 @@ class LabOnPage:
         """Whether a control changes a picture when another one is set otherwise."""
         for each in ("slider", "menu", "text"):
             for other in self._all(each).all():
-                self._step(self._name(other), KINDS[each].work(other, self.upload))
-                if self._changes(kind, control):
-                    return True
+                name, actions = self._name(other), KINDS[each].work(other, self.upload)
+                while self._step(name, actions) is not None:
+                    if self._changes(kind, control):
+                        return True
         return False
 
     def _done_again(self) -> tuple[list[str], list[str]]:
