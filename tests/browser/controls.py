@@ -20,11 +20,11 @@ def _click_picture(picture: Locator, _: Path) -> Iterator[None]:
 
 
 def _move_slider(slider: Locator, _: Path) -> Iterator[None]:
-    """To the end that is further away, then to the other one."""
+    """To the end that is further away, to the other one, and back."""
     handle, box = slider.locator(".noUi-handle"), slider.bounding_box()
     least, now, most = (float(handle.get_attribute(f"aria-value{name}")) for name in ("min", "now", "max"))
-    ends = (0.02, 0.98) if now > (least + most) / 2 else (0.98, 0.02)
-    for share in ends:
+    present = (now - least) / (most - least)
+    for share in (*((0.02, 0.98) if present > 0.5 else (0.98, 0.02)), present):
         slider.click(position={"x": share * box["width"], "y": box["height"] / 2}, force=True)
         yield
 
