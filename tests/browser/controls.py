@@ -20,11 +20,11 @@ def _click_picture(picture: Locator, _: Path) -> Iterator[None]:
 
 
 def _move_slider(slider: Locator, _: Path) -> Iterator[None]:
-    """To the end that is further away, then to the other one."""
+    """To the end that is further away, to the other one, and back."""
     handle, box = slider.locator(".noUi-handle"), slider.bounding_box()
     least, now, most = (float(handle.get_attribute(f"aria-value{name}")) for name in ("min", "now", "max"))
-    ends = (0.02, 0.98) if now > (least + most) / 2 else (0.98, 0.02)
-    for share in ends:
+    present = (now - least) / (most - least)
+    for share in (*((0.02, 0.98) if present > 0.5 else (0.98, 0.02)), present):
         slider.click(position={"x": share * box["width"], "y": box["height"] / 2}, force=True)
         yield
 
@@ -39,11 +39,12 @@ def _write(field: Locator, _: Path) -> Iterator[None]:
 
 
 def _select(menu: Locator, _: Path) -> Iterator[None]:
+    """Some other options, then the one that was there."""
     present = menu.input_value()
-    for option in menu.locator("option").all()[:3]:
-        if option.get_attribute("value") != present:
-            menu.select_option(option.get_attribute("value"))
-            yield
+    values = [option.get_attribute("value") for option in menu.locator("option").all()]
+    for value in [*[value for value in values if value != present][:3], present]:
+        menu.select_option(value)
+        yield
 
 
 def _switch(buttons: Locator, _: Path) -> Iterator[None]:
@@ -222,9 +223,10 @@ class LabOnPage:
         """Whether a control changes a picture when another one is set otherwise."""
         for each in ("slider", "menu", "text"):
             for other in self._all(each).all():
-                self._step(self._name(other), KINDS[each].work(other, self.upload))
-                if self._changes(kind, control):
-                    return True
+                name, actions = self._name(other), KINDS[each].work(other, self.upload)
+                while self._step(name, actions) is not None:
+                    if self._changes(kind, control):
+                        return True
         return False
 
     def _done_again(self) -> tuple[list[str], list[str]]:
