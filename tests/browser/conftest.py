@@ -1,14 +1,19 @@
-"""One server and one browser for all notebooks."""
+"""One server and one browser for all notebooks.
+
+The unit tests come by here, too, and have no Playwright; so it is imported where it is used.
+"""
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
-from tests.browser.chromium import MISSING, find_chromium
 from tests.browser.server import ROOT, make_lab
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 BUILD = ROOT / "build" / "browser"
 
@@ -33,7 +38,11 @@ def server(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator["Browser"]:
+    from playwright.sync_api import sync_playwright
+
+    from tests.browser.chromium import MISSING, find_chromium
+
     with sync_playwright() as playwright:
         path = find_chromium(playwright)
         if path is None:

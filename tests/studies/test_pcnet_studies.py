@@ -45,6 +45,7 @@ def weights(tmp_path, monkeypatch) -> Path:
 
 SETTINGS = {
     "steps": 9,
+    "images": 4,
     "learning_rate": 0.5,
     "seed": 1,
     "region_shrinking": 0.5,
