@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 from tests.serving import Server, serving
@@ -19,8 +20,21 @@ from tests.serving import Server, serving
 # From here on, each annotation of a wris_lib function is checked at each call: shapes by jaxtyping, types by beartype.
 install_import_hook("wris_lib", "beartype.beartype")
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # machines are busy, and first calls import things
-hypothesis.settings.load_profile("untimed")
+# Machines are busy, and first calls import things: no deadline. The same examples on every machine, so that nobody's
+# tests fail by chance; `--hypothesis-profile search` looks for new ones.
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("same")
+
+
+def pytest_runtest_setup() -> None:
+    """What fixtures draw for a test is the same in every run: models with random weights, above all."""
+    torch.manual_seed(0)
+
+
+def pytest_runtest_call() -> None:
+    """And what the test itself draws does not depend on which fixtures had to be made for it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
