@@ -1,13 +1,17 @@
 """The notebooks' pictures and amounts, by stack."""
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
+from torch import nn
 
 from wris_lib import course
 from wris_lib.backbones.checkpoints import STACKS
+from wris_lib.train import Recipe, fit
 
 
 @pytest.fixture
@@ -89,3 +93,49 @@ def test_cells_on_the_toy_stack_have_no_remark(notebook, capsys):
 
 def test_outside_a_notebook_there_are_no_cells_to_mark(paper):
     course.mark_cells()
+
+
+def test_an_interrupted_cell_finds_its_folder_again():
+    with pytest.raises(KeyboardInterrupt), course.resumable("train") as folder:
+        (folder / "checkpoint.pt").touch()
+        raise KeyboardInterrupt
+    with course.resumable("another") as other:
+        assert other != folder and not list(other.iterdir())
+    with course.resumable("train") as again:
+        assert again == folder and (again / "checkpoint.pt").exists()
+    assert not folder.exists() and not other.exists()
+    with course.resumable("train") as anew:
+        assert not list(anew.iterdir())
+
+
+def test_a_cell_that_fails_begins_anew():
+    with pytest.raises(ValueError), course.resumable("train") as folder:
+        raise ValueError
+    assert not folder.exists()
+    with course.resumable("train") as anew:
+        assert anew != folder
+
+
+@pytest.mark.parametrize("steps", [[3], [0, 2, 3]])
+def test_a_training_that_is_stopped_and_run_again_ends_as_one_that_was_not(steps):
+    """What a learner does: the stop button sends SIGINT, and the same cell is run again."""
+
+    def run(stops: list[int]) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1)
+
+        def batch(step: int) -> torch.Tensor:
+            if stops and step == stops[0]:
+                stops.pop(0)
+                os.kill(os.getpid(), signal.SIGINT)
+            return torch.randn(4, 2)
+
+        with course.resumable("live") as folder:
+            fit(model, lambda model, batch, _: {"loss": model(batch).square().mean()}, batch, Recipe(5, 0.1), folder)
+        return model.weight.detach()
+
+    expected, stops = run([]), list(steps)
+    for _ in steps:
+        with pytest.raises(KeyboardInterrupt):
+            run(stops)
+    assert not stops and torch.equal(run(stops), expected)

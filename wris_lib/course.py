@@ -9,10 +9,15 @@ stack at hand:
     mark_cells()                        # under every cell stands from now on which stack this is
 
 Object-centric pictures are the toy world's on both stacks, as are pictures whose parts are asked for: RefCOCO has none.
+
+And a cell that trains can be stopped and continued (`resumable`).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +31,8 @@ REAL = {"toyref": "refcoco", "toyref+": "refcoco+", "toyrefg": "refcocog"}
 SHARE = {"cuda": 2, "cpu": 20}
 
 T = TypeVar("T")
+
+_stopped: dict[str, TemporaryDirectory] = {}  # of cells that were interrupted; gone with the kernel
 
 
 def split(toy: str) -> str:
@@ -108,3 +115,23 @@ def mark_cells() -> None:
 
 def _mark(result: object) -> None:
     print(f"[{remark()}]")
+
+
+@contextmanager
+def resumable(name: str) -> Iterator[Path]:
+    """A folder for the checkpoints of a cell that trains; an interrupted cell finds them when it is run again.
+
+    A cell that comes to its end, or fails, begins anew the next time.
+
+    Args:
+        name: the cell's, within the notebook.
+    """
+    kept = _stopped.pop(name, None) or TemporaryDirectory(prefix="wris-")
+    try:
+        yield Path(kept.name)
+    except KeyboardInterrupt:
+        _stopped[name] = kept
+        raise
+    finally:
+        if name not in _stopped:
+            kept.cleanup()
