@@ -15,7 +15,7 @@ KNOWN = {name: patches for exercises in PATCHES.values() for name, patches in ex
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """SAM's answers in a dataset take a minute. The notebook asks for them; here they are made up."""
+    """SAM's answers are made up: the real ones, which notebook 04 asks for, take the whole toy world and a method."""
     monkeypatch.setattr(exercises_measured, "sam_answers", lambda draw: [asked(seed) for seed in range(6)])
 
 
