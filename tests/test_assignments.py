@@ -2,64 +2,17 @@
 
 import ast
 import builtins
-import importlib
 import json
 import re
-from collections import Counter
 from subprocess import CompletedProcess
 
 import pytest
 
-from tests import (
-    test_exercises,
-    test_exercises_compare,
-    test_exercises_curriculum,
-    test_exercises_iterprime,
-    test_exercises_measured,
-    test_exercises_pcnet,
-    test_exercises_ppt,
-    test_exercises_sam,
-)
-from tests.test_setup import script
+from tests.wrong_answers import EXERCISES, NOTEBOOKS, assignments, pairs, source_of
 from wris_lib.errors import WrisError
 from wris_lib.methods import clip_sam
 
-assignments = script("assignments")
-NOTEBOOKS = {path.stem: assignments.read(path) for path in sorted(assignments.NOTEBOOKS.glob("*.ipynb"))}
 POINTS = {"easy": 1, "medium": 2, "hard": 3}
-WRONG_ANSWERS = [
-    *test_exercises.MISTAKES,
-    *test_exercises_curriculum.MISTAKES,
-    *test_exercises_iterprime.MISTAKES,
-    *test_exercises_measured.MISTAKES,
-    *test_exercises_pcnet.MISTAKES,
-    *test_exercises_ppt.MISTAKES,
-    *test_exercises_compare.MISTAKES,
-    *test_exercises_sam.MISTAKES,
-]
-
-
-def source_of(cell):
-    return "".join(cell["source"])
-
-
-def pairs(notebook):
-    """The stub and the check of each exercise that has points."""
-    marked = [cell for cell in notebook["cells"] if "nbgrader" in cell["metadata"]]
-    return list(zip(marked[::2], marked[1::2], strict=True))
-
-
-def namespace(check):
-    """What a check's cell needs of a notebook's imports."""
-    module = ast.parse(check).body[0].value.func.value.id
-    return {module: importlib.import_module(f"wris_lib.{module}")}
-
-
-EXERCISES = [
-    pytest.param(source_of(stub), source_of(check), id=check["metadata"]["nbgrader"]["grade_id"])
-    for notebook in NOTEBOOKS.values()
-    for stub, check in pairs(notebook)
-]
 STAND_INS = {
     cell["id"]: source_of(cell)
     for notebook in NOTEBOOKS.values()
@@ -101,22 +54,6 @@ def test_every_exercise_is_marked(name):
 def test_grade_ids_are_unique():
     ids = [cell["metadata"]["nbgrader"]["grade_id"] for nb in NOTEBOOKS.values() for pair in pairs(nb) for cell in pair]
     assert len(set(ids)) == len(ids) > 0
-
-
-@pytest.mark.parametrize("stub, check", EXERCISES)
-def test_a_stub_is_reported_as_open(stub, check, capsys):
-    scope = namespace(check)
-    exec(stub, scope)
-    assert eval(check.rstrip(";"), scope) is False
-    assert re.fullmatch(r"○ \w+ is still open: .*\n", capsys.readouterr().out)
-
-
-def test_wrong_answers_of_every_check_are_known():
-    """Each of them has a hint, see test_each_mistake_gets_its_hint beside it."""
-    known = Counter(check.__name__ for check, _, _, hint in WRONG_ANSWERS if len(hint) > len("got "))
-    for notebook in NOTEBOOKS.values():
-        for _, check in pairs(notebook):
-            assert known[check["metadata"]["nbgrader"]["grade_id"]] >= 2
 
 
 # Students' copies
@@ -166,19 +103,25 @@ def test_no_cell_of_a_copy_needs_a_solution(name):
             still_open |= bound  # a check binds nothing
 
 
-@pytest.mark.parametrize("exercise", ["exercise-points", "exercise-draw"])
-def test_a_stand_in_takes_the_place_of_a_stub(exercise, capsys):
-    stub, check = next(pair for nb in NOTEBOOKS.values() for pair in pairs(nb) if pair[0]["id"] == f"{exercise}-stub")
-    scope = namespace(source_of(check)) | {"clip_sam": clip_sam}
-    exec(source_of(stub), scope)
-    exec(STAND_INS[f"{exercise}-stand-in"], scope)
-    assert eval(source_of(check).rstrip(";"), scope) is True
+@pytest.mark.parametrize(
+    "exercise, stand_in",
+    [
+        (EXERCISES["points_from_map"], "exercise-points-stand-in"),
+        (EXERCISES["draw_points"], "exercise-draw-stand-in"),
+    ],
+)
+def test_a_stand_in_takes_the_place_of_a_stub(exercise, stand_in, capsys):
+    scope = exercise.run(exercise.stub) | exercise.needed(exercise.check) | {"clip_sam": clip_sam}
+    exec(STAND_INS[stand_in], scope)
+    assert exercise.judge(scope[exercise.name]) is True
 
 
 def test_a_stand_in_leaves_a_right_answer_alone(capsys):
-    scope = {"exercises_ppt": test_exercises_ppt.exercises_ppt, "draw_points": test_exercises_ppt.draw_points}
+    exercise = EXERCISES["draw_points"]
+    answer = exercise.answer()
+    scope = exercise.needed(exercise.check) | {"draw_points": answer}
     exec(STAND_INS["exercise-draw-stand-in"], scope)
-    assert scope["draw_points"] is test_exercises_ppt.draw_points
+    assert scope["draw_points"] is answer
 
 
 def test_copies_are_written_as_the_notebooks_are(tmp_path):
@@ -213,8 +156,8 @@ def test_names(source, bound, used):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_an_assignment_raises_where_an_exercise_is_open(name, capsys):
     for stub, check in pairs(assignments.assignment(NOTEBOOKS[name])):
-        scope = namespace(source_of(check).removeprefix("assert "))
-        exec(source_of(stub), scope)
+        exercise = EXERCISES[stub["metadata"]["nbgrader"]["grade_id"]]
+        scope = exercise.run(source_of(stub)) | exercise.needed(source_of(check))
         with pytest.raises(AssertionError):
             exec(source_of(check), scope)
 

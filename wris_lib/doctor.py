@@ -29,6 +29,7 @@ MODULES = {
     "salesforce-lavis": "lavis.models",
     "eva-decord": "decord",
     "pytest-xdist": "xdist",
+    "pyyaml": "yaml",
 }
 OPTIONAL = {"salesforce-lavis": "only what uses ALBEF needs it"}
 KERNEL_SECONDS = 60

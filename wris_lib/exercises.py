@@ -8,6 +8,7 @@ wrong in a concrete case, and returns whether all was right. It never raises, so
 runs to its end.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import wraps
@@ -108,7 +109,7 @@ def check_iou(answer: Answer) -> None:
         shared, union = evaluate.overlap(prediction, truth)
         case = f"with {p} predicted and {t} true pixels, {shared} of them shared"
         got = _call(answer, case, prediction, truth, hint=hint)
-        if isinstance(got, bool) or not isinstance(got, Real):
+        if isinstance(got, bool) or not isinstance(got, Real) or abs(got) > sys.float_info.max:
             hint = "count pixels with .sum()" if isinstance(got, np.ndarray) else ""
             raise Wrong(f"{case}, got {_short(got)}, expected a number from 0 to 1", hint)
         expected = evaluate.iou(prediction, truth)
@@ -185,7 +186,7 @@ def check_points_from_map(answer: Answer) -> None:
         cells, expected = all_cells[:n], all_centres[:n]
         try:
             got = np.asarray(answered, float)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise Wrong(f"{case}, got {_short(answered)}, expected an array [N, 2] of points, nothing else") from None
         if got.ndim != 2 or got.shape[1] != 2:
             hint = "one point (x, y) a row" + (", so transpose it" if got.shape == (2, n) else "")

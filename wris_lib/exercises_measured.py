@@ -161,7 +161,7 @@ def _map_and_masks(result: Any) -> tuple[Float[np.ndarray, "h w"], Bool[np.ndarr
         raise Wrong(f"got {_short(result)}, expected two things", "`return H, masks`")
     try:
         response, masks = np.asarray(result[0], float), np.asarray(result[1])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Wrong(f"got {_short(list(result))}, expected arrays: H [h, w] and masks [P, h, w]") from None
     if response.ndim != 2 or masks.ndim != 3 or masks.shape[1:] != response.shape or not masks.size:
         complaint = f"got H of shape {response.shape} and masks of shape {masks.shape}, expected (h, w) and (P, h, w)"

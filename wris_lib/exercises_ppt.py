@@ -48,7 +48,7 @@ def _drawn(answer: Answer, case: str, mask: Mask, count: int, seed: int) -> tupl
     for name, values, shape in zip(("points", "labels"), result, ((count, 2), (count,)), strict=True):
         try:
             array = np.asarray(values, float)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise Wrong(f"{case}, got {_short(values)} as {name}, expected an array of shape {shape}") from None
         if array.shape != shape:
             hint = "one point (x, y) a row, so transpose it" if array.shape == (2, count) != shape else ""
@@ -239,7 +239,7 @@ def _matrix(result: Any) -> np.ndarray:
     """The learner's costs, if that is what they are."""
     try:
         costs = np.asarray(result, float)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise Wrong(f"got {_short(result)}, expected an array [K, Y] of costs") from None
     if costs.ndim != 2 or costs.size == 0:
         raise Wrong(f"got shape {costs.shape}, expected [K, Y]", "a row for each query, a column for each object")
@@ -259,7 +259,7 @@ def _pairs(case: str, result: Any, shape: tuple[int, ...]) -> Pairs:
     try:
         rows = [tuple(pair) for pair in result]
         pairs = [(int(k), int(y)) for k, y in rows]
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         hint = "zip the two arrays: one pair a row" if isinstance(result, tuple) and len(result) == 2 else ""
         raise Wrong(f"{case}, got {_short(result)}, {expected}", hint) from None
     if pairs != rows:
