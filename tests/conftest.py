@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -48,6 +49,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("WRIS_STACK", raising=False)
         patch.delenv("WRIS_DATA", raising=False)
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So are the fresh inputs that checks of exercises draw, from generators that nobody has seeded."""
+    original, seeds = np.random.default_rng, count()
+    monkeypatch.setattr(np.random, "default_rng", lambda seed=None: original(next(seeds) if seed is None else seed))
 
 
 @pytest.fixture
