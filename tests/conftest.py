@@ -3,8 +3,11 @@
 import os
 
 # Set before torch is imported anywhere: two cores are what CI has, and tiny tensors gain nothing from more threads. Of
-# several processes (pytest-xdist's workers) each has a core.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# several processes (pytest-xdist's workers) each has a core; they inherit what the first process has set.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from collections.abc import Iterator
 from itertools import count
