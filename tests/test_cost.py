@@ -11,6 +11,7 @@ from tests import fake_benchmark
 from tests.fake_benchmark import Fake
 from wris_lib import contestants, cost, methods
 from wris_lib.contestants import Contestant
+from wris_lib.files import cache_dir
 from wris_lib.methods import Listed
 
 BRIGHT = Contestant("fake bright", "fake")
@@ -50,6 +51,12 @@ def test_nothing_comes_from_the_cache(items, monkeypatch, tmp_path):
     cost.ask(BRIGHT, items, "toy")
     assert kept == [[]] * 8
     assert (tmp_path / "cache" / "proposals").exists() and not Path(os.environ["WRIS_CACHE"]).exists()
+
+
+def test_the_empty_cache_is_gone_afterwards(items, monkeypatch):
+    monkeypatch.setattr(cost, "_parameters", lambda *_: len(str(cache_dir())))  # as finding a stack's weights does
+    cost.ask(BRIGHT, items, "toy")
+    assert not Path(os.environ["WRIS_CACHE"]).exists()
 
 
 def test_trained_parameters_by_hand(items, monkeypatch):

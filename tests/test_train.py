@@ -163,6 +163,25 @@ def test_diverged_loss_is_named(tmp_path):
         fit(make_model(), nan, batches, RECIPE, tmp_path)
 
 
+def test_a_gradient_without_bounds_is_named_before_it_does_harm(tmp_path):
+    def steep(model, batch, step):
+        """At its end the slope of a root is infinite, its value is not."""
+        return {"loss": (model(batch["x"]) * float(step < 4)).abs().sum().sqrt()}
+
+    with pytest.raises(WrisError, match="the gradient's norm became .* at step 4; .* The last good state is in"):
+        fit(make_model(), steep, batches, RECIPE, tmp_path)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(weights.isfinite().all() for weights in kept["model"].values()) and len(kept["log"]) == 4
+
+
+def test_a_finished_training_says_so(tmp_path, capsys):
+    log = fit(make_model(), loss, batches, RECIPE, tmp_path)
+    assert capsys.readouterr().out == ""
+    assert fit(make_model(), loss, batches, RECIPE, tmp_path) == log
+    finished = f"{tmp_path / 'checkpoint.pt'} is finished already; delete {tmp_path} to train anew.\n"
+    assert capsys.readouterr().out == finished
+
+
 def test_shares_are_one_larger_batch(tmp_path):
     def whole(step):
         shares = [batches(2 * step + i) for i in range(2)]

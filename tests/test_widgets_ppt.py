@@ -100,23 +100,26 @@ def test_points_move_and_turn_and_sam_answers(lab, method):
     np.testing.assert_allclose(lab.points, [[15, 29], [45, 6]])
     assert lab.iou == 1.0 and lab.mask[:, :15].all()
     assert "IoU 1.00, with the generator&#x27;s own points 0.50" in lab._message.value
-    lab.toggle(0)
-    assert lab.labels.tolist() == [0, 0] and not lab.mask.any() and lab.iou == 0
     lab.toggle(1)
+    assert lab.labels.tolist() == [1, 1]
+    lab.toggle(0)
     assert lab.labels.tolist() == [0, 1] and lab.iou == pytest.approx(15 / 45)
+    with pytest.raises(WrisError, match="SAM needs a positive point to know what to take; make another one positive"):
+        lab.toggle(1)
+    assert lab.labels.tolist() == [0, 1]
     assert len(method.asked) == 4 and method.embedded == 1
 
 
 @pytest.mark.usefixtures("unpainted")
 def test_reset_and_another_query(lab, method):
     lab.move(1, 3, 4)
-    lab.toggle(0)
+    lab.toggle(1)
     lab.reset()
     np.testing.assert_allclose(lab.points, [[30, 15], [45, 6]])
     assert lab.labels.tolist() == [1, 0] and lab.iou == 0.5
     lab.choose_point(1)
     lab.choose_query(2)
-    assert (lab.query, lab.point, lab.labels.tolist()) == (2, 0, [0, 0])
+    assert (lab.query, lab.point, lab.labels.tolist()) == (2, 0, [1, 0])  # of none above 0 the highest
     np.testing.assert_allclose(lab.points, [[54, 27], [60, 30]])
     assert lab._y.value == 27 and lab._query.value == 2
     torch.testing.assert_close(lab.prompts.points[0], POINTS)  # what the generator said is not changed
@@ -180,8 +183,10 @@ def test_clicks_of_the_browser(lab):
     assert "working" not in lab._message.value
     click(lab, 0.999999, 1.0)  # the very corner
     np.testing.assert_allclose(lab.points, [[15, 15], [59, 29]])
+    click(lab, 0.9, 0.9, shift=True)
+    assert lab.labels.tolist() == [1, 1]
     click(lab, 0.3, 0.3, shift=True)  # point 0 is nearest, though point 1 is chosen
-    assert lab.labels.tolist() == [0, 0] and lab.point == 1
+    assert lab.labels.tolist() == [0, 1] and lab.point == 1
 
 
 @pytest.mark.usefixtures("unpainted")
@@ -190,8 +195,9 @@ def test_controls(lab, method):
     np.testing.assert_allclose(lab.points[0], [15, 15])
     lab._y.value = 3
     np.testing.assert_allclose(lab.points[0], [15, 3])
-    lab._label.value = 0
-    assert lab.labels.tolist() == [0, 0]
+    lab._point.value = 1
+    lab._label.value = 1
+    assert lab.labels.tolist() == [1, 1]
     lab._query.value = 0
     np.testing.assert_allclose(lab.points, [[6, 3], [12, 6]])
     assert len(method.asked) == 5  # the controls that followed asked for nothing

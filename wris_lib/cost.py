@@ -72,6 +72,7 @@ def ask(row: Contestant, items: Sequence[EvaluationItem], stack: str) -> Cost:
         stack: "toy" or "paper".
     """
     predict = row.load(stack)
+    parameters = _parameters(row, stack)  # looks into the cache, too
     with tempfile.TemporaryDirectory() as empty:
         os.environ["WRIS_CACHE"] = empty  # proposals and answers of language models would come from there
         seconds = [_seconds(predict, item) for item in items][WARM_UP:]
@@ -80,7 +81,7 @@ def ask(row: Contestant, items: Sequence[EvaluationItem], stack: str) -> Cost:
         "milliseconds": round(float(median), 1),
         "quartiles": [round(float(low), 1), round(float(high), 1)],
         "megabytes": round(peak_memory() / 1e6),
-        "parameters": _parameters(row, stack),
+        "parameters": parameters,
         "supervision": row.supervision,
         "threads": torch.get_num_threads(),
         "images": len(seconds),

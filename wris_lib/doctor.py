@@ -17,6 +17,8 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from wris_lib.errors import WrisError
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 DISTRIBUTION = "wris-lib"
 
@@ -79,6 +81,9 @@ def findings(checks: dict[str, Check]) -> Iterator[Finding]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield from check()
+        except WrisError as error:  # says itself how to mend it
+            text, _, mend = str(error).partition("; ")
+            yield Finding("FAIL", subject, text, mend.rstrip("."))
         except Exception as error:
             yield Finding("FAIL", subject, f"the check broke off ({_brief(error)})", _reinstall())
 
@@ -144,7 +149,6 @@ def check_package(name: str, allowed: "packaging.specifiers.SpecifierSet") -> Fi
 
 def check_toy_weights() -> Iterator[Finding]:
     from wris_lib.backbones import checkpoints
-    from wris_lib.errors import WrisError
 
     for checkpoint in checkpoints.STACKS["toy"].checkpoints:
         subject = f"toy weights {checkpoint.file}"
@@ -210,7 +214,6 @@ def check_disk() -> Iterator[Finding]:
 
 
 def check_cache() -> Iterator[Finding]:
-    from wris_lib.errors import WrisError
     from wris_lib.files import cache_dir
 
     try:

@@ -1,5 +1,6 @@
 """What `python -m wris_lib fetch` does: say what is lacking and where it comes from, ask, and bring it."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def fetch_paper(datasets: Sequence[str] = (), images: Path | None = None, ask: b
     for checkpoint in weights:
         fetch_checkpoint(checkpoint)
     print(f"The paper stack is complete in {cache_dir() / 'paper'}.")
-    command = f"{FETCH} --data {' '.join(datasets)}" + (f" --images {images}" if images is not None else "")
+    command = f"{FETCH} --data {' '.join(datasets)}"
+    if images is not None:
+        command += f" --images {shlex.quote(str(images))}"
     for archive in data:
         archives.fetch_archive(archive, command)
     _check(datasets, images)

@@ -30,6 +30,7 @@ REFUSALS = FULL | {
     errno.EACCES: "this user may not write there",
     errno.EPERM: "this user may not write there",
     errno.ENOTDIR: "a part of the path is a file",
+    errno.ENOENT: "a part of the path cannot be made",
     errno.EISDIR: "a folder of that name stands in the way",
     errno.EEXIST: "a file of that name stands in the way",
 }

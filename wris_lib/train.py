@@ -101,7 +101,7 @@ def fit(
         One dict a step: "step", "seconds" and the loss's terms, as means over the shares.
 
     Raises:
-        WrisError: the checkpoint is damaged or of another recipe or model; the loss is no longer finite; the
+        WrisError: the checkpoint is damaged or of another recipe or model; loss or gradient is no longer finite; the
             processes cannot divide the shares evenly.
     """
     device = torch.device(device)
@@ -116,6 +116,8 @@ def fit(
     model.to(device).train()
     optimizer = torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate)
     log = _resume(path, model, optimizer, recipe) if path.exists() else []
+    if len(log) == recipe.steps and processes.is_main_process:
+        print(f"{path} is finished already; delete {path.parent} to train anew.")
 
     def save() -> None:
         content = {
@@ -157,10 +159,11 @@ def fit(
             stop = interrupted.is_set()
             if processes.num_processes > 1:
                 values, stop = _synchronise(model, values, stop)
-            if not math.isfinite(values["loss"]):
-                kept = f" The last good state is in {path}." if path.exists() else ""
-                raise WrisError(f"the loss became {values['loss']} at step {step}; train slower or in fp32.{kept}")
-            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM).item()
+            for name, value in (("loss", values["loss"]), ("gradient's norm", norm)):
+                if not math.isfinite(value):
+                    kept = f" The last good state is in {path}." if path.exists() else ""
+                    raise WrisError(f"the {name} became {value} at step {step}; train slower or in fp32.{kept}")
             optimizer.step()
             log.append({"step": step, "seconds": time.perf_counter() - start, **values})
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)

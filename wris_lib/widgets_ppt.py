@@ -24,7 +24,7 @@ from wris_lib.errors import WrisError
 from wris_lib.evaluate import iou
 from wris_lib.methods import load_method
 from wris_lib.methods.ppt import Ppt
-from wris_lib.methods.ppt.prompts import PointPrompts, best_logits
+from wris_lib.methods.ppt.prompts import PointPrompts, best_logits, point_labels
 from wris_lib.show import DPI, LONGEST, ImageSource, Panel, Picture, draw, grid
 from wris_lib.widgets import INCHES, ROW, ClickablePicture, Lab
 
@@ -106,7 +106,7 @@ class PromptLab(Lab):
         if k not in range(queries):
             raise WrisError(f"there is no query {k}; choose one of 0 to {queries - 1}.")
         points = (self.prompts.points[0, k].cpu() * torch.tensor(self.image.size)).numpy()
-        labels = (self.prompts.label_logits[0, k] > 0).long().cpu().numpy()
+        labels = point_labels(self.prompts.label_logits[0, k]).cpu().numpy()
         self._proposed = points, labels, self._ask(points, labels)
         self.point = 0
         self._set(k, *self._proposed)
@@ -150,11 +150,13 @@ class PromptLab(Lab):
         """Make a positive point negative, or a negative one positive, and ask SAM again.
 
         Raises:
-            WrisError: there is no such point.
+            WrisError: there is no such point; it is the last positive one.
         """
         self._check_point(point)
         labels = self.labels.copy()
         labels[point] = 1 - labels[point]
+        if not labels.any():
+            raise WrisError("SAM needs a positive point to know what to take; make another one positive first.")
         self._set(self.query, self.points, labels, self._ask(self.points, labels))
 
     def reset(self) -> None:

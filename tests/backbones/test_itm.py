@@ -306,7 +306,7 @@ def test_pictures_that_are_cut_short_are_still_noticed_after_lavis_is_imported(m
 
 def test_without_lavis_albef_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "lavis.models.med", None)
-    with pytest.raises(WrisError, match="LAVIS, whose ALBEF is needed, cannot be imported .* or use BLIP"):
+    with pytest.raises(WrisError, match="LAVIS, whose ALBEF is needed, cannot be imported .* with `--no-deps`"):
         Albef(SIZE)
 
 

@@ -103,5 +103,17 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, monkeypatch) -> None:
     assert len(segmenter.asked) == 2
 
 
+def test_whatever_byte_is_damaged_a_file_is_right_or_made_anew(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
+    propose = Proposer(FakeSegmenter(square(0, 0, 5, 5)[None]), {})
+    expected = propose(image())
+    (path,) = (tmp_path / "proposals").rglob("*.npz")
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        kept = proposals._read(path)
+        assert kept is None or np.array_equal(kept, expected), place
+
+
 def test_the_settings_of_every_stack_are_there() -> None:
     assert proposals.SETTINGS.keys() == {"toy", "paper"}

@@ -361,7 +361,7 @@ def test_missing_file(root, name):
 
 def test_missing_image_folder(root, tmp_path):
     (root / "images").rename(tmp_path / "moved")
-    with pytest.raises(WrisError, match="no image folder .*/images/refcoco or .*/train2014; .* images=..."):
+    with pytest.raises(WrisError, match="no image folder .*/images/refcoco or .*/train2014; .* fetch paper"):
         ReferExpressions(root, "refcoco", "val")
     with pytest.raises(WrisError, match="no image folder /nowhere; "):
         ReferExpressions(root, "refcoco", "val", images="/nowhere")

@@ -1,5 +1,6 @@
 """A generator as a file: what comes back is what was written, and whatever does not fit gets a sentence."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,20 @@ def test_another_format(clip, tmp_path, monkeypatch):
         WrisError, match="has the format 'wris-ppt-0', but this version of the library reads 'wris-ppt-"
     ):
         load_generator(tmp_path / "old", clip)
+
+
+@pytest.mark.parametrize(
+    "about, complaint",
+    [("{", "is damaged, or no safetensors file"), ({"new": 1}, "does not hold the generator that it describes")],
+)
+def test_a_file_with_another_description(path, clip, about, complaint):
+    with safe_open(path, "pt") as file:
+        described = json.loads(file.metadata()["ppt"])
+    if isinstance(about, dict):
+        about = json.dumps(described | {"config": described["config"] | about})
+    save_file(load_file(path), path, {"ppt": about})
+    with pytest.raises(WrisError, match=f"ppt.safetensors.* {complaint}"):
+        load_generator(path, clip)
 
 
 def test_a_file_of_something_else(path, clip):

@@ -1,8 +1,7 @@
 """CLIP: how well does each patch of an image go with an expression?
 
 The models are open_clip's own; this face reads out of them what the methods need: patch features of several
-stages,
-word features, and similarity maps. Two kinds of map are offered:
+stages, word features, and similarity maps. Two kinds of map are offered:
 
 - `plain`: the last block's patch tokens, projected like the class token, dot the expression. CLIP was never
   trained for this, and it shows: self-attention has mixed the patches, and every patch also carries what is
@@ -101,8 +100,9 @@ class Clip:
         model: any open_clip `CLIP` with a vision transformer.
         tokenizer: the model's.
         dense_size: side of the input in pixels at which similarity maps are computed.
-        prompts: templates with one "{}"; an expression's embedding is the mean over them, as CLIP Surgery
-        does. device: None: CUDA when there is one.
+        prompts: templates with one "{}"; an expression's embedding is the mean over them, as CLIP Surgery does.
+        surgery_from: block, from 1, at which Surgery's path begins; None: the first of the last half.
+        device: None: CUDA when there is one.
     """
 
     def __init__(

@@ -212,7 +212,7 @@ class Albef(ImageTextModel):
         except ImportError as error:
             raise WrisError(
                 f"LAVIS, whose ALBEF is needed, cannot be imported ({error}); install the versions of requirements.lock"
-                " with `--no-deps`, as README says, or use BLIP: `load_blip`."
+                " with `--no-deps`, as README says."
             ) from error
         finally:
             # LAVIS tells Pillow, for the whole process, to fill up pictures that are cut short.

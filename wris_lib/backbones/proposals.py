@@ -11,6 +11,7 @@ among the same ones, and only the first of them waits.
 import hashlib
 import json
 import warnings
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,5 +103,5 @@ def _read(path: Path) -> Bool[np.ndarray, "p H W"] | None:
         with np.load(path, allow_pickle=False) as kept:
             shape = tuple(kept["shape"].tolist())
             return np.unpackbits(kept["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
-    except (FileNotFoundError, BadZipFile, KeyError, ValueError, EOFError):
+    except (OSError, BadZipFile, zlib.error, NotImplementedError, KeyError, ValueError, EOFError):
         return None

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 
 from wris_lib.data.coco import Entry, decode_mask, read_instances, wrong_keys
 from wris_lib.data.images import check_present
+from wris_lib.download import FETCH
 from wris_lib.errors import WrisError
 
 
@@ -209,8 +210,8 @@ def _find_images(root: Path, dataset: str, images: str | Path | None) -> Path:
         if place.is_dir():
             return place
     raise WrisError(
-        f"there is no image folder {' or '.join(map(str, places))}; put the images of {dataset} there, or "
-        f"say with images=... where they are."
+        f"there is no image folder {' or '.join(map(str, places))}; put the images of {dataset} there "
+        f"(`{FETCH} --data refcoco --images FOLDER` records where COCO's are)."
     )
 
 

@@ -39,8 +39,8 @@ from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_sha256
 from wris_lib.backbones.clip import Clip, load_clip, normalise, resize_positions
 from wris_lib.backbones.itm_models import SIZES, Albef
 from wris_lib.data.toyworld import wording
-from wris_lib.data.toyworld.pretraining import POOLS, Pool, pool
-from wris_lib.files import atomic_write, cache_dir
+from wris_lib.data.toyworld.pretraining import POOLS, Pool, checkpoint_folder, pool
+from wris_lib.files import atomic_write
 from wris_lib.methods.iterprime.words import PREFIX
 from wris_lib.pretrain.clip import export
 from wris_lib.train import Recipe, fit
@@ -311,7 +311,7 @@ def main(steps: int | None = None, folder: Path | None = None, device: str | tor
         device: None: CUDA when there is one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = Path(folder or cache_dir() / "pretrain" / "albef")
+    folder = Path(folder or checkpoint_folder("albef"))
     target = folder if steps else WEIGHTS
     steps = steps or STEPS
     vocabulary = folder / CHECKPOINT.vocabulary.file

@@ -32,8 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wris_lib.backbones.checkpoints import STACKS, WEIGHTS, record_sha256
 from wris_lib.backbones.clip import BPE, create_clip, encode_tokens, normalise
 from wris_lib.data.toyworld import wording
-from wris_lib.data.toyworld.pretraining import POOLS, Pool, pool
-from wris_lib.files import atomic_write, cache_dir
+from wris_lib.data.toyworld.pretraining import POOLS, Pool, checkpoint_folder, pool
+from wris_lib.files import atomic_write
 from wris_lib.train import Recipe, fit
 
 BATCH = 128  # images
@@ -165,7 +165,7 @@ def main(steps: int | None = None, folder: Path | None = None, device: str | tor
         device: None: CUDA when there is one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = Path(folder or cache_dir() / "pretrain" / "clip")
+    folder = Path(folder or checkpoint_folder("clip"))
     rounds = [replace(r, steps=steps or r.steps) for r in ROUNDS]
     target = folder if steps else WEIGHTS
     toy = STACKS["toy"].clip

@@ -31,8 +31,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from wris_lib.backbones.checkpoints import WEIGHTS, record_sha256
 from wris_lib.backbones.sam import SamImage, Segmenter, build_toy_sam, decode_prompts
-from wris_lib.data.toyworld.pretraining import Pool, pool
-from wris_lib.files import atomic_write, cache_dir
+from wris_lib.data.toyworld.pretraining import Pool, checkpoint_folder, pool
+from wris_lib.files import atomic_write
 from wris_lib.pretrain.prompts import (
     LATE_PART_SHARES,
     MOST_SPREAD,
@@ -346,7 +346,7 @@ def main(steps: int | None = None, folder: Path | None = None, device: str | tor
         device: None: CUDA when there is one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = Path(folder or cache_dir() / "pretrain" / "sam")
+    folder = Path(folder or checkpoint_folder("sam"))
     rounds = [replace(r, steps=steps or r.steps) for r in ROUNDS]
     data = pool("sam")
     torch.manual_seed(0)

@@ -17,7 +17,8 @@ from wris_lib import data
 from wris_lib.backbones.checkpoints import STACKS, WEIGHTS
 from wris_lib.backbones.llm import LocalLlm, build_toy_t5, toy_tokenizer
 from wris_lib.data.toyworld import wording
-from wris_lib.files import atomic_write, cache_dir
+from wris_lib.data.toyworld.pretraining import checkpoint_folder
+from wris_lib.files import atomic_write
 from wris_lib.methods.pcnet.decompose import CUES, read_answer
 from wris_lib.pretrain.clip import export
 from wris_lib.pretrain.cues import answer, cues
@@ -88,7 +89,7 @@ def main(steps: int = STEPS, folder: Path | None = None) -> None:
         steps: optimiser steps.
         folder: for checkpoints, and for a trial's weights; None: in the cache.
     """
-    folder = Path(folder or cache_dir() / "pretrain" / "t5")
+    folder = Path(folder or checkpoint_folder("t5"))
     target = WEIGHTS if steps == STEPS else folder
     torch.manual_seed(0)
     model = build_toy_t5()

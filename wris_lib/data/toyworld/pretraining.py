@@ -51,6 +51,11 @@ def pool(name: str) -> Pool:
     return make_pool(cache_dir() / f"toyworld-{VERSION}-pool-{name}", name, count, size)
 
 
+def checkpoint_folder(model: str) -> Path:
+    """Where `pretrain MODEL` trains: a folder for each version of the toy world, which no checkpoint names."""
+    return cache_dir() / "pretrain" / f"{model}-{VERSION}"
+
+
 def make_pool(folder: Path, name: str, count: int, size: int, processes: int | None = None) -> Pool:
     """A pool in `folder`, made unless it is there.
 

@@ -41,7 +41,7 @@ def say(phrase: Phrase, rng: np.random.Generator, article: str = "the", telegrap
     others = [(part, word) for part, word in phrase.parts if part not in CLOTHES]
     for preposition, group in (("in", clothes), ("with", others)):
         if group:
-            clauses.append(f"{preposition} " + " and ".join(_say_part(p, w, preposition, inner) for p, w in group))
+            clauses.append(f"{preposition} " + " and ".join(_say_part(p, w, inner) for p, w in group))
     if phrase.position:
         short = telegraphic and phrase.position != "middle" and rng.random() < 0.6
         if short:
@@ -65,7 +65,7 @@ def article_for(text: str) -> str:
     return "an" if text[0] in "aeiou" and not text.startswith("uni") else "a"
 
 
-def _say_part(part: str, word: str, preposition: str, inner: str) -> str:
+def _say_part(part: str, word: str, inner: str) -> str:
     if part == "hair":
         return f"{word} hair"  # hair takes no article
     return f"{inner}{word} {part}"

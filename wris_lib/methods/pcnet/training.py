@@ -37,7 +37,6 @@ from wris_lib.methods.pcnet.vision import see_all
 from wris_lib.train import Recipe
 
 IMAGES_PER_STEP = 36  # as in the paper
-NOBODY = -1
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def load_generator(path: Path, clip: Clip) -> PointGenerator:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("ppt", "{}"))
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise WrisError(f"{path} is damaged, or no safetensors file; make it anew with `{TRAIN}`.") from error
     if about.get("format") != FORMAT:
         raise WrisError(
@@ -53,10 +53,10 @@ def load_generator(path: Path, clip: Clip) -> PointGenerator:
             f" it anew with `{TRAIN}`."
         )
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in about["config"].items()}
-    generator = PointGenerator(GeneratorConfig(**sizes))
     try:
+        generator = PointGenerator(GeneratorConfig(**sizes))
         generator.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise WrisError(
             f"{path} does not hold the generator that it describes; make it anew with `{TRAIN}`."
         ) from error
