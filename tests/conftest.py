@@ -56,7 +56,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So are the fresh inputs that checks of exercises draw, from generators that nobody has seeded."""
+    """The fresh inputs that checks of exercises draw, from generators that nobody seeds, are the same in every run."""
     original, seeds = np.random.default_rng, count()
     monkeypatch.setattr(np.random, "default_rng", lambda seed=None: original(next(seeds) if seed is None else seed))
 

@@ -4,7 +4,7 @@ import numpy as np
 
 
 class Teller:
-    """A language model that knows cars and dogs."""
+    """A language model that knows dogs, and takes everything else for a cake beside one."""
 
     name, follows_instructions = "teller", False
 

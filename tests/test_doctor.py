@@ -235,11 +235,11 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert finding.level == "FAIL" and str(tmp_path / "file") in finding.text and "WRIS_CACHE" in finding.mend
 
 
-@pytest.mark.parametrize("name", ["file/cache", "missing"])
+@pytest.mark.parametrize("place", ["file/cache", "/proc/none/cache"])
 @pytest.mark.parametrize("check", [doctor.check_disk, doctor.check_cache, doctor.check_paper_stack])
-def test_where_there_can_be_no_cache_another_is_named(name: str, check, tmp_path: Path, monkeypatch):
+def test_where_there_can_be_no_cache_another_is_named(place: str, check, tmp_path: Path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("WRIS_CACHE", str(tmp_path / name) if name != "missing" else "/proc/none/cache")
+    monkeypatch.setenv("WRIS_CACHE", str(tmp_path / place))
     (finding,) = doctor.findings({"subject": check})
     assert finding.level == "FAIL" and "cannot write to" in finding.text
     assert "WRIS_CACHE" in finding.mend and ".venv" not in finding.mend

@@ -1,8 +1,8 @@
 """`python -m wris_lib doctor`: what of the course works here, line by line, and how to mend the rest.
 
 A finding is OK, WARN (the course runs, something optional or comfortable is lacking) or FAIL. Whatever is not OK ends
-with the command that mends it. Everything but the standard library is imported inside a check, so that a broken
-package is a finding and not a crash.
+with the command that mends it. Packages are imported inside a check, so that a broken one is a finding and
+not a crash.
 """
 
 import os

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from wris_lib.download import FETCH
 from wris_lib.errors import WrisError
 
+ELSEWHERE = f"(`{FETCH} --data refcoco --images FOLDER` records where COCO's are)"
 MAX_PIXELS = 40_000_000  # as RGB this is 120 MB, and no model here looks at more than 1024 x 1024 pixels
 
 
@@ -73,7 +74,7 @@ def check_present(paths: set[Path], dataset: str) -> None:
     if missing:
         raise WrisError(
             f"{len(missing)} of the {len(paths)} images of {dataset} are missing, the first is {missing[0]}; "
-            f"copy them there (`{FETCH} --data refcoco --images FOLDER` records where COCO's are)."
+            f"copy them there {ELSEWHERE}."
         )
 
 

@@ -23,8 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from wris_lib.data.coco import Entry, decode_mask, read_instances, wrong_keys
-from wris_lib.data.images import check_present
-from wris_lib.download import FETCH
+from wris_lib.data.images import ELSEWHERE, check_present
 from wris_lib.errors import WrisError
 
 
@@ -210,8 +209,7 @@ def _find_images(root: Path, dataset: str, images: str | Path | None) -> Path:
         if place.is_dir():
             return place
     raise WrisError(
-        f"there is no image folder {' or '.join(map(str, places))}; put the images of {dataset} there "
-        f"(`{FETCH} --data refcoco --images FOLDER` records where COCO's are)."
+        f"there is no image folder {' or '.join(map(str, places))}; put the images of {dataset} there {ELSEWHERE}."
     )
 
 
