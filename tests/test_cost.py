@@ -22,49 +22,68 @@ def items(tmp_path, monkeypatch):
     """Of a fake split, one for each of eight images."""
     folder = fake_benchmark.prepare(tmp_path, monkeypatch)
     monkeypatch.setattr(Fake, "pause", 0.02)
-    return fake_benchmark.read_split(folder / "fake_val").items[::3]
+    return fake_benchmark.read_split(folder / "fake_val").items
 
 
-def test_warm_milliseconds_an_expression(items):
-    found = cost.ask(BRIGHT, items, "toy")
-    assert Fake.calls == 8 and found["images"] == 5
+@pytest.fixture
+def pairs(items):
+    """Of each image the first expression and the last."""
+    return list(zip(items[::3], items[2::3], strict=True))
+
+
+def test_warm_milliseconds_an_expression(pairs):
+    found = cost.ask(BRIGHT, pairs, "toy")
+    assert Fake.calls == 16 and found["images"] == 5
     low, high = found["quartiles"]
     assert 20 <= low <= found["milliseconds"] <= high
     assert found["parameters"] == 0 and found["supervision"] == "none" and found["threads"] >= 1
 
 
-def test_the_first_images_only_warm_up(items, monkeypatch):
+def test_a_second_question_about_an_image_is_timed_apart(pairs, monkeypatch):
+    predict, seen = Fake.predict, set()
+
+    def slow_with_new_images(self, image, expressions):
+        monkeypatch.setattr(Fake, "pause", 0.0 if image.tobytes() in seen else 0.05)
+        seen.add(image.tobytes())
+        return predict(self, image, expressions)
+
+    monkeypatch.setattr(Fake, "predict", slow_with_new_images)
+    found = cost.ask(BRIGHT, pairs, "toy")
+    assert 0 < found["again"] < 50 <= found["milliseconds"]
+
+
+def test_the_first_images_only_warm_up(pairs, monkeypatch):
     predict = Fake.predict
 
     def slow_at_first(self, image, expressions):
-        monkeypatch.setattr(Fake, "pause", 0.5 if Fake.calls < cost.WARM_UP else 0.0)
+        monkeypatch.setattr(Fake, "pause", 0.5 if Fake.calls < 2 * cost.WARM_UP else 0.0)
         return predict(self, image, expressions)
 
     monkeypatch.setattr(Fake, "predict", slow_at_first)
-    assert cost.ask(BRIGHT, items, "toy")["milliseconds"] < 500
+    assert cost.ask(BRIGHT, pairs, "toy")["milliseconds"] < 500
 
 
-def test_nothing_comes_from_the_cache(items, monkeypatch, tmp_path):
+def test_nothing_comes_from_the_cache(pairs, monkeypatch, tmp_path):
     kept = []
     monkeypatch.setattr(Fake, "predict", lambda self, *_: kept.append(os.listdir(os.environ["WRIS_CACHE"])) or [])
     (tmp_path / "cache" / "proposals").mkdir(parents=True)
-    cost.ask(BRIGHT, items, "toy")
-    assert kept == [[]] * 8
+    cost.ask(BRIGHT, pairs, "toy")
+    assert kept == [[]] * 16
     assert (tmp_path / "cache" / "proposals").exists() and not Path(os.environ["WRIS_CACHE"]).exists()
 
 
-def test_the_empty_cache_is_gone_afterwards(items, monkeypatch):
+def test_the_empty_cache_is_gone_afterwards(pairs, monkeypatch):
     monkeypatch.setattr(cost, "_parameters", lambda *_: len(str(cache_dir())))  # as finding a stack's weights does
-    cost.ask(BRIGHT, items, "toy")
+    cost.ask(BRIGHT, pairs, "toy")
     assert not Path(os.environ["WRIS_CACHE"]).exists()
 
 
-def test_trained_parameters_by_hand(items, monkeypatch):
+def test_trained_parameters_by_hand(pairs, monkeypatch):
     monkeypatch.setattr(Fake, "head", nn.Linear(3, 2), raising=False)
     listed = {"fake": Listed("tests.fake_benchmark:Fake", "pairs", "head")}
     for module in (methods, contestants):
         monkeypatch.setattr(module, "METHODS", listed)
-    found = cost.ask(BRIGHT, items, "toy")
+    found = cost.ask(BRIGHT, pairs, "toy")
     assert (found["parameters"], found["supervision"]) == (8, "pairs")
 
 
@@ -97,12 +116,14 @@ def test_every_row_is_asked_the_same(items, monkeypatch):
             return False
 
         def submit(self, ask, row, chosen, stack):
-            asked.append((row.name, [item.image_path.name for item in chosen]))
+            asked.append((row.name, [[item.image_path.name, item.expression] for pair in chosen for item in pair]))
             return type("Done", (), {"result": lambda _: {}})()
 
     monkeypatch.setattr(cost, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(cost, "IMAGES", 2)
     cost.measure([BRIGHT, Contestant("sam box")], "fake:val", items, 0, "toy")
-    (first, images), (second, same) = asked
-    assert (first, second) == ("fake bright", "sam box") and images == same
-    assert len(set(images)) == 5
+    (first, told), (second, same) = asked
+    assert (first, second) == ("fake bright", "sam box") and told == same
+    images, expressions = zip(*told, strict=True)
+    assert images[::2] == images[1::2] and len(set(images)) == 5
+    assert set(expressions[::2]) == {"the square"} and set(expressions[1::2]) == {"the square on the left"}

@@ -125,6 +125,9 @@ def test_many_expressions_share_one_embedding_and_keep_their_order(models):
     for text, prediction in zip(texts, together, strict=True):
         alone = methods.segment(IMAGE, text)
         assert (alone.mask == prediction.mask).all() and (alone.points == prediction.points).all()
+    assert clip.encoded == sam.embedded == [(80, 40)]  # the last image is remembered
+    methods.segment(IMAGE.rotate(90, expand=True), texts)
+    assert clip.encoded == sam.embedded == [(80, 40), (40, 80)]
 
 
 def test_no_expressions_no_predictions(models):

@@ -108,7 +108,13 @@ def test_all_text_is_escaped(measured, tmp_path):
 def test_costs_have_columns(measured, tmp_path):
     results, found, splits = measured
     results["costs"] = {
-        "fake wide": {"milliseconds": 12.4, "megabytes": 345, "parameters": 6789, "supervision": "pairs & <more>"}
+        "fake wide": {
+            "milliseconds": 12.4,
+            "again": 3.4,
+            "megabytes": 345,
+            "parameters": 6789,
+            "supervision": "pairs & <more>",
+        }
     }
     text = written(tmp_path / "page.html", results, found, splits).text
     assert "supervision" in text and "6,789" in text and "pairs & <more>" in text

@@ -1,9 +1,9 @@
 """What an answer costs: milliseconds, memory, trained parameters. Measured on its own, never taken from records.
 
-Each row has a process to itself, so that its peak of memory is its own, and asks for one expression about each of the
-same images, which it has not seen before: the image is encoded, proposals are made, sentences are taken apart, nothing
-comes from a cache. Models are loaded and warm, which other images have seen to. On a GPU the clock is stopped when the
-GPU is done.
+Each row has a process to itself, so that its peak of memory is its own, and asks about the same images, which it has
+not seen before: the image is encoded, proposals are made, sentences are taken apart, nothing comes from a cache. Then
+it asks *again*, another expression about the same image. Models are loaded and warm, which other images have seen to.
+On a GPU the clock is stopped when the GPU is done.
 """
 
 import multiprocessing
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from wris_lib import questions
 from wris_lib.contestants import Contestant
 from wris_lib.data.images import load_image
 from wris_lib.data.refer import EvaluationItem
@@ -45,16 +46,17 @@ def measure(
         stack: "toy" or "paper".
 
     Returns:
-        By a row's name "milliseconds" an expression (median) and their "quartiles", "megabytes" (the peak: of the GPU's
-        memory where there is one, otherwise of the process with Python and its packages), "parameters" trained for the
-        task, "supervision", and how that was measured: "threads", "images" and "data".
+        By a row's name "milliseconds" for the first expression about an image (median) and their "quartiles", "again",
+        the median for another expression about it, "megabytes" (the peak: of the GPU's memory where there is one,
+        otherwise of the process with Python and its packages), "parameters" trained for the task, "supervision", and
+        how that was measured: "threads", "images" and "data".
 
     Raises:
         WrisError: weights are missing or damaged.
     """
-    first = {item.image_path: item for item in reversed(items)}
-    order = np.random.default_rng(seed).permutation(len(first))[: WARM_UP + IMAGES]
-    chosen = [list(first.values())[index] for index in order]
+    images = questions.draw(items, limit=None, seed=seed)
+    order = np.random.default_rng(seed).permutation(len(images))[: WARM_UP + IMAGES]
+    chosen = [(items[images[index][0]], items[images[index][-1]]) for index in order]
     costs = {}
     for row in tqdm(rows, "what it costs", unit=" rows"):
         # Not forked: a copy of this process would begin with all that this one has in memory.
@@ -63,23 +65,24 @@ def measure(
     return costs
 
 
-def ask(row: Contestant, items: Sequence[EvaluationItem], stack: str) -> Cost:
+def ask(row: Contestant, pairs: Sequence[tuple[EvaluationItem, EvaluationItem]], stack: str) -> Cost:
     """`measure` for one row, in this process, whose cache is an empty one afterwards.
 
     Args:
         row: a method with its options.
-        items: about one image each, `WARM_UP` of them to get warm.
+        pairs: two expressions about an image, each pair about another one; `WARM_UP` of them to get warm.
         stack: "toy" or "paper".
     """
     predict = row.load(stack)
     parameters = _parameters(row, stack)  # looks into the cache, too
     with tempfile.TemporaryDirectory() as empty:
         os.environ["WRIS_CACHE"] = empty  # proposals and answers of language models would come from there
-        seconds = [_seconds(predict, item) for item in items][WARM_UP:]
-    low, median, high = np.percentile(seconds, [25, 50, 75]) * 1000
+        seconds = np.array([[_seconds(predict, item) for item in pair] for pair in pairs][WARM_UP:])
+    low, median, high = np.percentile(seconds[:, 0], [25, 50, 75]) * 1000
     return {
         "milliseconds": round(float(median), 1),
         "quartiles": [round(float(low), 1), round(float(high), 1)],
+        "again": round(float(np.median(seconds[:, 1])) * 1000, 1),
         "megabytes": round(peak_memory() / 1e6),
         "parameters": parameters,
         "supervision": row.supervision,

@@ -30,7 +30,7 @@ COLUMNS = (
     "part instead of whole",
     "wrong object",
 )
-COST_COLUMNS = ("Position", "Others", "ms", "MB", "trained", "supervision")
+COST_COLUMNS = ("Position", "Others", "ms", "again", "MB", "trained", "supervision")
 MOST_ROWS = 40  # in one picture or table
 # Okabe and Ito's colours, which colour-blind readers tell apart; grey for what is neither right nor interesting.
 OUTCOME_COLORS = dict(zip(OUTCOMES, ("#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#DDDDDD"), strict=True))
@@ -117,8 +117,8 @@ def _tables(results: Results) -> str:
 def cells(results: Results, data: str | None = None, columns: tuple[str, ...] = COLUMNS) -> list[list[str]]:
     """A table as text, its head first: name, data, n, percent with standard error, and costs where there are any.
 
-    Of costs, "Position" and "Others" are mIoU by kind of expression, "ms" is the median an expression, "MB" the peak of
-    memory, "trained" counts parameters.
+    Of costs, "Position" and "Others" are mIoU by kind of expression, "ms" is the median for the first expression
+    about an image, "again" for another one, "MB" the peak of memory, "trained" counts parameters.
 
     Args:
         results: as `read` has them.
@@ -141,8 +141,8 @@ def cells(results: Results, data: str | None = None, columns: tuple[str, ...] = 
 
 def _cost_cells(cost: dict[str, Any] | None) -> list[str]:
     if cost is None:
-        return ["–"] * 4
-    figures = [f"{cost['milliseconds']:.0f}", f"{cost['megabytes']:.0f}", f"{cost['parameters']:,}"]
+        return ["–"] * 5
+    figures = [*(f"{cost[figure]:.0f}" for figure in ("milliseconds", "again", "megabytes")), f"{cost['parameters']:,}"]
     return [*figures, cost["supervision"]]
 
 

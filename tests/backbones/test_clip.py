@@ -183,6 +183,19 @@ def test_surgery_is_a_stage_of_the_same_pass(clip):
         assert torch.equal(found, clip.patch_features(batch, (number,))[0])
 
 
+@pytest.mark.parametrize(("stages", "run"), [((1,), 1), ((1, 3), 3), (("surgery",), 3), ((2, "surgery"), 3), ((4,), 4)])
+def test_blocks_that_nobody_reads_are_not_run(clip, stages, run):
+    """Of Surgery's path the last block only reads what comes before it."""
+    expected = dict(zip((1, 2, 3, 4, "surgery"), clip.patch_features(images(), (1, 2, 3, 4, "surgery")), strict=True))
+    ran = []
+    hooks = [block.register_forward_hook(lambda *_: ran.append(1)) for block in clip.model.visual.transformer.resblocks]
+    found = clip.patch_features(images(), stages)
+    for hook in hooks:
+        hook.remove()
+    assert len(ran) == run
+    assert all(torch.equal(each, expected[stage]) for stage, each in zip(stages, found, strict=True))
+
+
 def test_default_stages_are_thirds(tokenizer):
     clip = Clip(tiny_model(layers=12), tokenizer, dense_size=32, device="cpu")
     assert clip.stages == (4, 8, 12)

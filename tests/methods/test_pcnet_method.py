@@ -172,6 +172,11 @@ def test_clip_and_sam_look_once_and_nobody_is_asked_for_nothing(build, clip, seg
     method.predict(picture((64, 64), 0), EXPRESSIONS)
     assert calls.count("embed") == 1 and calls.count("text_features") == 3  # sentences, and two cues
     assert method.llm.prompts == EXPRESSIONS
+    looks = [each for each in calls if each != "text_features"]
+    method.predict(picture((64, 64), 0), ["the other dog"])
+    assert [each for each in calls if each != "text_features"] == looks
+    method.predict(picture((64, 64), 1), ["the other dog"])
+    assert [each for each in calls if each != "text_features"] == 2 * looks
 
 
 def test_nothing_is_trained_any_more(build):

@@ -162,9 +162,13 @@ def test_clip_and_sam_look_once_and_not_at_all_for_nothing(ppt, clip, segmenter,
             return original(*arguments)
 
         monkeypatch.setattr(owner, name, counted)
-    assert ppt.predict(picture((64, 64), 0), []) == [] and calls == []
-    ppt.predict(picture((64, 64), 0), EXPRESSIONS)
+    assert ppt.predict(picture((64, 64), 98), []) == [] and calls == []
+    ppt.predict(picture((64, 64), 98), EXPRESSIONS)
     assert sorted(calls) == ["embed", "patch_features", "word_features"]
+    ppt.predict(picture((64, 64), 98), ["another question"])
+    assert calls[3:] == ["word_features"]
+    ppt.predict(picture((64, 64), 99), ["another picture"])
+    assert sorted(calls[4:]) == ["embed", "patch_features", "word_features"]
 
 
 def test_nothing_is_trained_any_more(ppt):

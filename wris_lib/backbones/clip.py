@@ -271,9 +271,13 @@ class Clip:
     ) -> dict[int | str, Float[Tensor, "B N C"]]:
         """Class token and patches after blocks, counted from 1, and at the end of Surgery's path ("surgery")."""
         own, found = self._embed(images), {}
-        for number, block in enumerate(self.model.visual.transformer.resblocks, start=1):
-            if "surgery" in stages and number >= self.surgery_from:
+        blocks, surgery = self.model.visual.transformer.resblocks, "surgery" in stages
+        deepest = max([number for number in stages if number != "surgery"] + [len(blocks) - 1] * surgery)
+        for number, block in enumerate(blocks, start=1):
+            if surgery and number >= self.surgery_from:
                 found["surgery"] = found.get("surgery", own) + _value_attention(block, block.ln_1(own))
+            if number > deepest:  # nobody reads what comes out
+                break
             own = block(own)
             if number in stages:
                 found[number] = own

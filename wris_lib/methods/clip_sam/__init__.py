@@ -20,6 +20,7 @@ from scipy import ndimage
 from torch.nn.functional import interpolate
 
 from wris_lib.backbones.clip import Clip, load_clip
+from wris_lib.backbones.last_image import LastImage
 from wris_lib.backbones.sam import SamImage, Segmenter, load_sam
 from wris_lib.errors import WrisError
 from wris_lib.methods import Method, Prediction, Stage
@@ -52,6 +53,7 @@ class ClipSam(Method):
         if kind not in self.variants:
             raise WrisError(f"clip_sam has no kind {kind!r}; choose one of: {', '.join(self.variants)}.")
         self.clip, self.sam, self.kind, self.rule = clip, sam, kind, rule
+        self._look = LastImage(lambda image: (self.clip.encode_image(image), self.sam.embed(image)))
 
     @classmethod
     def load(cls, stack: str, kind: str = "surgery", device: str | None = None) -> "ClipSam":
@@ -71,8 +73,8 @@ class ClipSam(Method):
         """One prediction for each expression; CLIP and SAM look at the image once."""
         if not expressions:
             return []
-        maps = self.clip.maps(self.clip.encode_image(image), expressions, self.kind)
-        embedded = self.sam.embed(image)
+        features, embedded = self._look(image)
+        maps = self.clip.maps(features, expressions, self.kind)
         return [self._segment(embedded, response_map) for response_map in maps.float().cpu().numpy()]
 
     def find_all(self, image: Image.Image, expressions: list[str]) -> list[list[Bool[np.ndarray, "H W"]]]:
@@ -83,9 +85,9 @@ class ClipSam(Method):
         """
         if not expressions:
             return []
-        maps = self.clip.maps(self.clip.encode_image(image), expressions, self.kind)
+        features, embedded = self._look(image)
+        maps = self.clip.maps(features, expressions, self.kind)
         every = [peaks_of_map(each, *image.size, self.rule) for each in maps.float().cpu().numpy()]
-        embedded = self.sam.embed(image)
         by_length: dict[int, list[tuple[int, int]]] = {}  # SAM takes prompts of one length at once
         for expression, prompts in enumerate(every):
             for number, (points, _) in enumerate(prompts):

@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 from wris_lib.backbones.checkpoints import get_stack
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.language import Parser, load_parser
+from wris_lib.backbones.last_image import LastImage
 from wris_lib.backbones.llm import Llm, load_llm
 from wris_lib.backbones.sam import SamImage, Segmenter, load_sam
 from wris_lib.backbones.trained import find_trained, load_trained
@@ -73,6 +74,7 @@ class PcNet(Method):
         self.clip, self.sam, self.llm, self.parser, self.mask = clip, sam, llm, parser, mask
         self.cues = None if cues is None else _checked(cues)
         self.crm = crm.eval().requires_grad_(False).to(clip.device)
+        self._look = LastImage(lambda image: (*see(self.clip, [image]), self.sam.embed(image)))
 
     @classmethod
     def load(
@@ -117,8 +119,7 @@ class PcNet(Method):
         """
         if not expressions:
             return []
-        visual, grid = see(self.clip, [image])
-        return self.answer(visual, grid, self.sam.embed(image), expressions, cues)
+        return self.answer(*self._look(image), expressions, cues)
 
     @torch.no_grad()
     def answer(

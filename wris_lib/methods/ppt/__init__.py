@@ -17,6 +17,7 @@ from PIL import Image
 
 from wris_lib.backbones.checkpoints import get_stack
 from wris_lib.backbones.clip import Clip, load_clip
+from wris_lib.backbones.last_image import LastImage
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, load_sam
 from wris_lib.methods import Method, Prediction, Stage
 from wris_lib.methods.ppt.model import PointGenerator
@@ -46,6 +47,8 @@ class Ppt(Method):
     def __init__(self, clip: Clip, sam: Segmenter, generator: PointGenerator, negatives: bool = False) -> None:
         self.clip, self.sam, self.negatives = clip, sam, negatives
         self.generator = generator.eval().requires_grad_(False).to(sam.device)
+        self._see = LastImage(lambda image: visual_features(self.clip, self.generator.config, [image]))
+        self._embed = LastImage(lambda image: self.sam.embed(image))
 
     @classmethod
     def load(cls, stack: str, weights: str | None = None, device: str | None = None, negatives: bool = False) -> "Ppt":
@@ -70,13 +73,13 @@ class Ppt(Method):
         if not expressions:
             return []
         prompts = self.prompts(image, expressions)
-        embedded = self.sam.embed(image)
+        embedded = self._embed(image)
         return [self._segment(embedded, _row(prompts, e)) for e in range(len(expressions))]
 
     @torch.no_grad()
     def prompts(self, image: Image.Image, expressions: list[str]) -> PointPrompts:
         """What the generator proposes: K prompts for each of E expressions."""
-        visual = visual_features(self.clip, self.generator.config, [image])
+        visual = self._see(image)
         words, mask = self.clip.word_features(expressions)
         about = torch.zeros(len(expressions), dtype=torch.int64, device=words.device)
         directions = self.clip.directions(expressions)
