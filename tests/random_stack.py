@@ -8,8 +8,8 @@ has downloaded four gigabytes:
     source FOLDER/environment
     WRIS_DATA=… WRIS_DATASET=… pytest --nbmake notebooks
 
-What it makes in FOLDER: a cache with the checkpoints, a spaCy package, a T5; and a `sitecustomize.py` that puts their
-hashes into the table of checkpoints, in whichever Python has the folder on its path.
+What it makes in FOLDER: a cache with the checkpoints, a spaCy package, a T5, a Mask2Former; and a `sitecustomize.py`
+that puts their hashes into the table of checkpoints, in whichever Python has the folder on its path.
 """
 
 import json
@@ -162,6 +162,32 @@ def save_t5_as_transformers_do(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def save_mask2former_as_transformers_do(folder: Path) -> None:
+    """Mask2Former with Swin-L and 200 queries, for COCO's 133 panoptic classes."""
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    swin = SwinConfig(
+        image_size=384,
+        embed_dim=192,
+        depths=[2, 2, 18, 2],
+        num_heads=[6, 12, 24, 48],
+        window_size=12,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mask2FormerForUniversalSegmentation(
+            Mask2FormerConfig(backbone_config=swin, num_queries=200, num_labels=133)
+        )
+    model.save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"height": 384, "width": 384}, size_divisor=32).save_pretrained(folder)
+
+
 def save_trained_parts(stack: str) -> None:
     """PPT's generator, TRIS and PCNet for a stack whose models are there, as `train` would leave them: untrained."""
     from wris_lib.backbones.checkpoints import trained_folder
@@ -200,6 +226,7 @@ STACKS["paper"] = replace(
     sam=replace(paper.sam, sha256=hashes[paper.sam.file]),
     itm=replace(paper.itm, sha256=hashes[paper.itm.file], vocabulary=words),
     llm={llm!r},
+    mask2former={mask2former!r},
     note={note!r},
 )
 """
@@ -221,10 +248,10 @@ def make(folder: Path) -> None:
     save_albef_as_its_authors_do(itm_file, words)
     save_parser_as_spacy_does(site)
     save_t5_as_transformers_do(folder / "t5")
+    save_mask2former_as_transformers_do(folder / "mask2former")
     hashes = {path.name: sha256(path) for path in (clip_file, sam_file, itm_file, words)}
-    (site / "sitecustomize.py").write_text(
-        CUSTOMIZE.format(hashes=json.dumps(hashes), llm=str(folder / "t5"), note=NOTE)
-    )
+    models = {"llm": str(folder / "t5"), "mask2former": str(folder / "mask2former")}
+    (site / "sitecustomize.py").write_text(CUSTOMIZE.format(hashes=json.dumps(hashes), note=NOTE, **models))
     STACKS["paper"] = replace(paper, clip=replace(paper.clip, sha256=hashes[clip_file.name]))
     os.environ["WRIS_CACHE"] = str(cache)
     save_trained_parts("paper")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,8 +249,9 @@ def test_where_there_can_be_no_cache_another_is_named(place: str, check, tmp_pat
 def test_paper_stack(monkeypatch: pytest.MonkeyPatch):
     found = {"a.pt": "ready", "b.pth": "missing", "c.pth": "unchecked"}
     monkeypatch.setattr(checkpoints, "paper_status", lambda: found)
+    monkeypatch.setattr(checkpoints, "is_downloaded", lambda name: False)
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    ready, missing, unchecked, parser = doctor.check_paper_stack()
+    ready, missing, unchecked, parser, *models = doctor.check_paper_stack()
     assert ready == Finding("OK", "paper stack a.pt", "ready")
     assert missing.level == "WARN" and missing.mend == "python -m wris_lib fetch paper"
     assert missing.text == "missing, but the toy stack does without"
@@ -258,7 +260,24 @@ def test_paper_stack(monkeypatch: pytest.MonkeyPatch):
     assert parser.level == "WARN" and parser.subject == "paper stack en_core_web_sm"
     assert parser.mend == "python -m spacy download en_core_web_sm"
     monkeypatch.setattr(doctor, "find_spec", lambda name: name == "en_core_web_sm")
-    assert list(doctor.check_paper_stack())[-1] == Finding("OK", "paper stack en_core_web_sm", "ready")
+    assert list(doctor.check_paper_stack())[3] == Finding("OK", "paper stack en_core_web_sm", "ready")
+    lacking = "missing, but the toy stack does without"
+    names = ["google/flan-t5-base", "facebook/mask2former-swin-large-coco-panoptic"]
+    assert models == [
+        Finding("WARN", f"paper stack {name}", lacking, f"huggingface-cli download {name}") for name in names
+    ]
+
+
+def test_models_of_the_hub_are_found_where_it_puts_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    paper = replace(checkpoints.STACKS["paper"], llm="some/model", mask2former=str(tmp_path))
+    monkeypatch.setitem(checkpoints.STACKS, "paper", paper)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(checkpoints, "paper_status", dict)
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    for path, text in ((snapshot / "config.json", "{}"), (snapshot.parent.parent / "refs" / "main", "abc")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert [finding.level for finding in doctor.check_paper_stack()][-2:] == ["OK", "OK"]
 
 
 @pytest.mark.parametrize(

@@ -291,8 +291,8 @@ def test_without_proposals_there_are_maps_and_no_mask(method):
     method.propose.count = 0
     lab = RefinementLab(IMAGE, SENTENCE, method)
     assert lab.choice is None and lab.mask.shape == lab.response_map.shape and not lab.mask.any()
-    assert "SAM proposes nothing in this image, so there is no mask; try another image." in lab._message.value
-    assert [axes.get_title() for axes in lab.render().figure.axes][-1].startswith("mask\nSAM proposes nothing")
+    assert "nothing is proposed in this image, so there is no mask; try another image." in lab._message.value
+    assert [axes.get_title() for axes in lab.render().figure.axes][-1].startswith("mask\nnothing is proposed")
 
 
 def test_the_default_is_that_of_the_stack(method, monkeypatch):

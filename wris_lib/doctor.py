@@ -223,11 +223,13 @@ def check_cache() -> Iterator[Finding]:
 
 
 def check_paper_stack() -> Iterator[Finding]:
-    from wris_lib.backbones.checkpoints import FETCH, STACKS, paper_status, spacy_download
+    from wris_lib.backbones.checkpoints import FETCH, STACKS, hub_download, is_downloaded, paper_status, spacy_download
 
-    parser = STACKS["paper"].parser
+    paper = STACKS["paper"]
     needed = {file: (status, FETCH) for file, status in paper_status().items()}
-    needed[parser] = ("ready" if find_spec(parser) else "missing", spacy_download(parser))
+    needed[paper.parser] = ("ready" if find_spec(paper.parser) else "missing", spacy_download(paper.parser))
+    for name in (paper.llm, paper.mask2former):
+        needed[name] = ("ready" if is_downloaded(name) else "missing", hub_download(name))
     for name, (status, mend) in needed.items():
         if status == "ready":
             yield Finding("OK", f"paper stack {name}", "ready")

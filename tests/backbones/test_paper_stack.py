@@ -24,7 +24,7 @@ from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.itm import load_matcher
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.loading import load_weights
-from wris_lib.backbones.proposals import SETTINGS, Proposer
+from wris_lib.backbones.proposals import SETTINGS, sam_proposer
 from wris_lib.backbones.sam import SamImage, Segmenter, load_sam
 from wris_lib.errors import WrisError
 from wris_lib.files import sha256
@@ -184,7 +184,7 @@ def test_albef_is_read_and_iterprime_runs_on_it(albef: dict[str, Tensor], image:
 
     proposals = np.zeros((2, 480, 640), dtype=bool)
     proposals[0, :, :300], proposals[1, :, 300:] = True, True
-    method = IterPrime(matcher, Proposer(load_sam("toy"), SETTINGS["toy"]), load_parser("toy"))
+    method = IterPrime(matcher, sam_proposer(load_sam("toy"), SETTINGS["toy"]), load_parser("toy"))
     for prediction in method.answer(image, EXPRESSIONS, proposals):
         assert np.isfinite(prediction.response_map).all() and prediction.response_map.std() > 0
         assert any((prediction.mask == mask).all() for mask in proposals) and 0 < prediction.score < 1

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from wris_lib.backbones import proposals
-from wris_lib.backbones.proposals import Proposer, whole_things
+from wris_lib.backbones.proposals import sam_proposer, whole_things
 from wris_lib.backbones.sam import Segmenter, build_toy_sam
 
 
@@ -66,8 +66,8 @@ def test_no_proposal_and_a_single_one_pass(count: int) -> None:
 def test_a_second_question_about_an_image_is_answered_from_the_disk(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
     segmenter = FakeSegmenter(np.stack([square(1, 1, 2, 2), square(0, 0, 5, 5)]))
-    first = Proposer(segmenter, {"points_per_side": 4})(image())
-    again = Proposer(segmenter, {"points_per_side": 4})(image())
+    first = sam_proposer(segmenter, {"points_per_side": 4})(image())
+    again = sam_proposer(segmenter, {"points_per_side": 4})(image())
     assert np.array_equal(first, square(0, 0, 5, 5)[None]) and np.array_equal(again, first)
     assert again.dtype == bool and segmenter.asked == [{"points_per_side": 4}]
 
@@ -75,27 +75,27 @@ def test_a_second_question_about_an_image_is_answered_from_the_disk(tmp_path: Pa
 def test_another_image_other_settings_and_other_weights_ask_anew(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
     segmenter, other = (FakeSegmenter(square(0, 0, 5, 5)[None]) for _ in range(2))
-    Proposer(segmenter, {})(image())
-    Proposer(segmenter, {})(image(1))
-    Proposer(segmenter, {})(Image.new("RGB", (10, 10)).resize((20, 5)))
-    Proposer(segmenter, {"points_per_side": 4})(image())
+    sam_proposer(segmenter, {})(image())
+    sam_proposer(segmenter, {})(image(1))
+    sam_proposer(segmenter, {})(Image.new("RGB", (10, 10)).resize((20, 5)))
+    sam_proposer(segmenter, {"points_per_side": 4})(image())
     assert len(segmenter.asked) == 4
     other.sam.mask_decoder.iou_token.weight.data += 1
-    Proposer(other, {})(image())
+    sam_proposer(other, {})(image())
     assert len(other.asked) == 1
 
 
 def test_an_image_without_proposals_is_kept_too(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
     segmenter = FakeSegmenter(np.zeros((0, 10, 10), dtype=bool))
-    assert Proposer(segmenter, {})(image()).shape == Proposer(segmenter, {})(image()).shape == (0, 10, 10)
+    assert sam_proposer(segmenter, {})(image()).shape == sam_proposer(segmenter, {})(image()).shape == (0, 10, 10)
     assert len(segmenter.asked) == 1
 
 
 def test_a_damaged_file_is_made_anew(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
     segmenter = FakeSegmenter(square(0, 0, 5, 5)[None])
-    propose = Proposer(segmenter, {})
+    propose = sam_proposer(segmenter, {})
     propose(image())
     (kept,) = (tmp_path / "proposals").rglob("*.npz")
     kept.write_bytes(kept.read_bytes()[:-40])
@@ -105,7 +105,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, monkeypatch) -> None:
 
 def test_whatever_byte_is_damaged_a_file_is_right_or_made_anew(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path))
-    propose = Proposer(FakeSegmenter(square(0, 0, 5, 5)[None]), {})
+    propose = sam_proposer(FakeSegmenter(square(0, 0, 5, 5)[None]), {})
     expected = propose(image())
     (path,) = (tmp_path / "proposals").rglob("*.npz")
     whole = path.read_bytes()

@@ -10,6 +10,7 @@ from PIL import Image
 from tests.backbones import test_clip
 from tests.backbones.test_clip import layer_norm, softmax, tiny_model
 from wris_lib import methods
+from wris_lib.backbones import proposals as proposals_module
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.proposals import SETTINGS
@@ -363,12 +364,12 @@ def proposing(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_without_proposals_the_mask_is_empty(picture, proposing, name):
     proposing(np.zeros((0, picture.height, picture.width), dtype=bool))
-    with pytest.warns(UserWarning, match="^SAM proposes nothing in this image, so nothing can be chosen.$"):
+    with pytest.warns(UserWarning, match="^nothing is proposed in this image, so nothing can be chosen.$"):
         found = segment(picture, "the dog", method=name)
     size = (picture.height, picture.width)
     assert found.mask.shape == found.response_map.shape == size and not found.mask.any()
     assert not found.response_map.any() and len(found.points) == 0 and found.score == 0
-    assert [stage.note for stage in found.trace] == ["SAM proposes nothing in this image"]
+    assert [stage.note for stage in found.trace] == ["nothing is proposed in this image"]
     assert found.trace[0].masks.shape == (0, *size) and found.trace[0].scores.shape == (0,)
 
 
@@ -381,9 +382,9 @@ def test_no_expressions_and_nobody_is_asked(picture, proposing, proposals, name)
 @pytest.mark.parametrize("name", NAMES)
 def test_stacks_differ_in_how_proposals_are_made(picture, proposals, expressions, proposing, monkeypatch, name):
     """And in nothing else that these methods' code could know."""
-    for loader in ("load_clip", "load_sam"):
-        original = getattr(clip_proposals, loader)
-        monkeypatch.setattr(clip_proposals, loader, lambda stack, device, original=original: original("toy", "cpu"))
+    for module, loader in ((clip_proposals, "load_clip"), (proposals_module, "load_sam")):
+        original = getattr(module, loader)
+        monkeypatch.setattr(module, loader, lambda stack, device, original=original: original("toy", "cpu"))
     monkeypatch.setattr(clip_proposals, "load_parser", lambda stack: load_parser("toy"))
     calls = proposing(proposals[:2])
     toy, paper = (NAMES[name].load(stack).predict(picture, expressions[:2]) for stack in ("toy", "paper"))
@@ -392,11 +393,13 @@ def test_stacks_differ_in_how_proposals_are_made(picture, proposals, expressions
         assert np.array_equal(first.mask, second.mask) and first.score == pytest.approx(second.score)
 
 
-def test_they_have_no_options_but_the_device(picture):
+def test_their_options_are_the_device_and_whose_proposals(picture):
     for name, cls in NAMES.items():
         assert cls.variants == {"": {}}
-        with pytest.raises(WrisError, match=f"{name} has no option 'weights'; it has: device"):
+        with pytest.raises(WrisError, match=f"{name} has no option 'weights'; it has: device, proposals"):
             segment(picture, "dog", method=name, weights="mine")
+        with pytest.raises(WrisError, match="^nobody proposes masks by 'me'; choose one of: sam, mask2former.$"):
+            segment(picture, "dog", method=name, proposals="me")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -414,6 +417,6 @@ def test_an_empty_proposal_is_passed_over(picture, proposals, name):
     method, empty = load_method(name), np.zeros_like(proposals[:1])
     (alone,), (beside,) = (method.answer(picture, ["dog"], each) for each in (proposals, np.vstack([empty, proposals])))
     assert np.array_equal(alone.mask, beside.mask)
-    with pytest.warns(UserWarning, match="SAM proposes nothing in this image"):
+    with pytest.warns(UserWarning, match="nothing is proposed in this image"):
         (nothing,) = method.answer(picture, ["dog"], empty)
     assert not nothing.mask.any()

@@ -16,7 +16,7 @@ from tests.methods.test_iterprime_words import parse_of, slow_pieces
 from wris_lib.backbones.itm import Matcher, albef_matcher
 from wris_lib.backbones.itm_models import Albef
 from wris_lib.backbones.language import Parser, load_parser
-from wris_lib.backbones.proposals import SETTINGS, Proposer
+from wris_lib.backbones.proposals import Proposer
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import peak
 from wris_lib.methods import iterprime
@@ -344,11 +344,11 @@ def test_proposals_are_asked_for_once(build):
 def test_without_proposals_the_mask_is_empty(build, count):
     """Empty masks are none. What the model has seen is told all the same."""
     nothing, quartered = build(np.zeros((count, 40, 50), dtype=bool)), build()
-    with pytest.warns(UserWarning, match="^SAM proposes nothing in this image, so nothing can be chosen.$"):
+    with pytest.warns(UserWarning, match="^nothing is proposed in this image, so nothing can be chosen.$"):
         (found,) = nothing.predict(picture(0), ["dog"])
     (usual,) = quartered.predict(picture(0), ["dog"])
     assert found.mask.shape == (40, 50) and not found.mask.any()
-    assert found.trace[-1].note == "SAM proposes nothing in this image" and found.trace[-1].masks.shape == (0, 40, 50)
+    assert found.trace[-1].note == "nothing is proposed in this image" and found.trace[-1].masks.shape == (0, 40, 50)
     assert found.trace[-1].scores.shape == (0,)
     assert np.array_equal(found.response_map, usual.response_map) and np.array_equal(found.points, usual.points)
 
@@ -390,7 +390,7 @@ def test_options_that_nobody_knows(build):
 def asked(matcher, monkeypatch) -> list[tuple]:
     """What was loaded, and with which arguments; nothing really is."""
     asked = []
-    made = {"load_sam": "SAM", "load_matcher": matcher, "load_parser": Grammar(), "Proposer": Given(np.ones((1, 2, 2)))}
+    made = {"load_proposer": Given(np.ones((1, 2, 2))), "load_matcher": matcher, "load_parser": Grammar()}
     for name, thing in made.items():
         monkeypatch.setattr(iterprime, name, lambda *args, name=name, thing=thing: asked.append((name, *args)) or thing)
     return asked
@@ -399,15 +399,14 @@ def asked(matcher, monkeypatch) -> list[tuple]:
 def test_loading_hands_every_option_on(asked, matcher):
     usual = IterPrime.load("paper", "cpu")
     assert asked == [
-        ("load_sam", "paper", "cpu"),
-        ("Proposer", "SAM", SETTINGS["paper"]),
+        ("load_proposer", "sam", "paper", "cpu"),
         ("load_matcher", "paper", "cpu"),
         ("load_parser", "paper"),
     ]
     assert usual.matcher is matcher and isinstance(usual.parser, Grammar) and isinstance(usual.propose, Given)
     assert (usual.aggregation, usual.layer, usual.hide, usual.settings) == ("pwem", None, "attention", PAPER)
-    other = IterPrime.load("toy", None, "gvlp", 2, 1, 0.4, 0.7, "image", True, True)
-    assert asked[4:6] == [("load_sam", "toy", None), ("Proposer", "SAM", SETTINGS["toy"])]
+    other = IterPrime.load("toy", None, "gvlp", 2, 1, 0.4, 0.7, "image", True, True, "mask2former")
+    assert asked[3] == ("load_proposer", "mask2former", "toy", None)
     assert (other.aggregation, other.layer, other.hide) == ("gvlp", 2, "image")
     assert astuple(other.settings) == (1, 0.4, 0.7, True, True)
 

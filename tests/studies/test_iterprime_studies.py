@@ -13,7 +13,7 @@ from tests.methods.test_iterprime_method import matcher, vocabulary  # noqa: F40
 from tests.studies.test_ppt_studies import check_form, record
 from wris_lib import evaluate
 from wris_lib.backbones.language import load_parser
-from wris_lib.backbones.proposals import SETTINGS, Proposer
+from wris_lib.backbones.proposals import SETTINGS, sam_proposer
 from wris_lib.backbones.sam import load_sam
 from wris_lib.data.toyworld.scenes import UNSEEN
 from wris_lib.methods.iterprime import HIDES, IterPrime
@@ -93,7 +93,7 @@ def test_the_ablation_writes_all_tables(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def method(matcher):  # noqa: F811
-    propose = Proposer(load_sam("toy", "cpu"), SETTINGS["toy"])
+    propose = sam_proposer(load_sam("toy", "cpu"), SETTINGS["toy"])
     return IterPrime(matcher, propose, load_parser("toy"), settings=Refinement(threshold=0.9))
 
 

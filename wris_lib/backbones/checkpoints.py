@@ -62,6 +62,7 @@ class Stack:
     parser: Checkpoint | str  # a str names a spaCy pipeline, which comes as a package: see `spacy_download`
     llm: Checkpoint | str  # a str names a model on the Hugging Face hub: see `llm.local_llm`
     itm: ItmCheckpoint
+    mask2former: str | None = None  # a model on the Hugging Face hub: see `mask2former.load_mask2former`
     # Trained by this library; nobody has published any for the papers' models: see `get_stack`.
     ppt: Checkpoint | None = None  # PPT's point generator
     tris: Checkpoint | None = None  # what L_cls alone learns
@@ -145,6 +146,7 @@ STACKS = {
             ),
             parser="en_core_web_sm",
             llm="google/flan-t5-base",
+            mask2former="facebook/mask2former-swin-large-coco-panoptic",
         ),
     )
 }
@@ -180,6 +182,18 @@ def trained_folder(method: str, stack: str) -> Path:
 def spacy_download(package: str) -> str:
     """The command that installs a spaCy pipeline, in the version that fits the installed spaCy."""
     return f"python -m spacy download {package}"
+
+
+def hub_download(name: str) -> str:
+    """The command that brings a model of the Hugging Face hub to this machine."""
+    return f"huggingface-cli download {name}"
+
+
+def is_downloaded(name: str) -> bool:
+    """Whether `hub_download` has brought a model, which may also be a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def checkpoint_path(checkpoint: Checkpoint) -> Path:

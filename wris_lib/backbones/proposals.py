@@ -1,8 +1,8 @@
-"""Mask proposals of whole things: what SAM finds in an image without being told what to look for.
+"""Mask proposals: what a model finds in an image without being told what to look for.
 
-Methods that choose among proposals were published with those of Mask2Former, which was taught whole objects. SAM also
-proposes their parts, and a choice by the mean of a map prefers a part at the map's peak to the thing around it. So
-proposals that lie within another are left out.
+Methods that choose among proposals were published with those of Mask2Former, which was taught whole objects: see
+`mask2former`. SAM also proposes their parts, and a choice by the mean of a map prefers a part at the map's peak to the
+thing around it. So proposals of SAM that lie within another are left out.
 
 Asking SAM at a grid of points takes about a second an image. Proposals are kept on the disk: several methods choose
 among the same ones, and only the first of them waits.
@@ -12,17 +12,20 @@ import hashlib
 import json
 import warnings
 import zlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 from PIL import Image
 
 from wris_lib.backbones.features import SAM_CODE, fingerprint
-from wris_lib.backbones.sam import Segmenter
+from wris_lib.backbones.sam import Segmenter, load_sam
+from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write, cache_dir
 
 # Of `Segmenter.proposals`, by stack: the toy SAM's are its defaults, the paper's those that SAM's authors advise.
@@ -37,19 +40,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 INSIDE = 0.8  # share of a proposal's pixels that lie in a larger one, from which on it counts as a part of that
 LARGEST = 0.5  # of the image; larger proposals are ground, and nothing is a part of them
-NO_PROPOSALS = "SAM proposes nothing in this image"
+NO_PROPOSALS = "nothing is proposed in this image"
 
 
 class Proposer:
-    """SAM's proposals of whole things, from the cache where they are there.
+    """Proposals of a frozen model, from the cache where they are there.
 
     Args:
-        segmenter: frozen.
-        settings: of `Segmenter.proposals`.
+        find: masks of an RGB image, best first.
+        about: gives, as JSON has it, all that they depend on but the image.
     """
 
-    def __init__(self, segmenter: Segmenter, settings: dict[str, Any]) -> None:
-        self.segmenter, self.settings = segmenter, settings
+    def __init__(
+        self, find: Callable[[Image.Image], Bool[np.ndarray, "p H W"]], about: Callable[[], list[Any]]
+    ) -> None:
+        self._find, self._about = find, about
 
     def __call__(self, image: Image.Image) -> Bool[np.ndarray, "p H W"]:
         """Masks of an RGB image, best first; there may be none.
@@ -61,16 +66,47 @@ class Proposer:
         path = self.folder / digest[:2] / f"{digest[2:18]}.npz"
         if (kept := _read(path)) is not None:
             return kept
-        masks = whole_things(self.segmenter.proposals(image, **self.settings))
+        masks = self._find(image)
         with atomic_write(path) as file:
             np.savez_compressed(file, bits=np.packbits(masks), shape=np.array(masks.shape))
         return masks
 
     @cached_property
     def folder(self) -> Path:
-        """Named after all that proposals depend on, but the image."""
-        about = [fingerprint(self.segmenter.sam, (*SAM_CODE, __file__)), self.settings]
-        return cache_dir() / "proposals" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        return cache_dir() / "proposals" / hashlib.sha256(json.dumps(self._about()).encode()).hexdigest()[:16]
+
+
+def sam_proposer(segmenter: Segmenter, settings: dict[str, Any]) -> Proposer:
+    """SAM's proposals of whole things.
+
+    Args:
+        segmenter: frozen.
+        settings: of `Segmenter.proposals`.
+    """
+    return Proposer(
+        lambda image: whole_things(segmenter.proposals(image, **settings)),
+        lambda: [fingerprint(segmenter.sam, (*SAM_CODE, __file__)), settings],
+    )
+
+
+def load_proposer(source: str, stack: str, device: str | torch.device | None = None) -> Proposer:
+    """Who proposes masks.
+
+    Args:
+        source: "sam" or "mask2former".
+        stack: "toy" or "paper".
+        device: None: CUDA when there is one.
+
+    Raises:
+        WrisError: no such source or stack; the stack has none of that kind, or its weights are missing or damaged.
+    """
+    if source == "sam":
+        return sam_proposer(load_sam(stack, device), SETTINGS[stack])
+    if source == "mask2former":
+        from wris_lib.backbones.mask2former import load_mask2former
+
+        return load_mask2former(stack, device)
+    raise WrisError(f"nobody proposes masks by {source!r}; choose one of: sam, mask2former.")
 
 
 def whole_things(masks: Bool[np.ndarray, "p H W"]) -> Bool[np.ndarray, "k H W"]:

@@ -16,7 +16,7 @@ from wris_lib import data, evaluate
 from wris_lib.backbones.itm import Matcher, albef_matcher, load_matcher
 from wris_lib.backbones.itm_models import SIZES, Albef
 from wris_lib.backbones.language import load_parser
-from wris_lib.backbones.proposals import SETTINGS, Proposer
+from wris_lib.backbones.proposals import SETTINGS, sam_proposer
 from wris_lib.backbones.sam import load_sam
 from wris_lib.benchmark import Contestant, records_of
 from wris_lib.data.images import load_image
@@ -135,7 +135,7 @@ def compare(matcher: Matcher, images: int) -> dict[str, Any]:
         matcher: of either size.
         images: how many of ToyRef val, from its beginning, have enough expressions.
     """
-    method = IterPrime(matcher, Proposer(load_sam("toy"), SETTINGS["toy"]), load_parser("toy"))
+    method = IterPrime(matcher, sam_proposer(load_sam("toy"), SETTINGS["toy"]), load_parser("toy"))
     asked: dict[Path, list[str]] = {}
     for item in data.load(VAL).items:
         asked.setdefault(item.image_path, []).append(item.expression)

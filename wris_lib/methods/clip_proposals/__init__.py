@@ -22,8 +22,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.language import Parser, load_parser
-from wris_lib.backbones.proposals import NO_PROPOSALS, SETTINGS, Proposer, not_empty
-from wris_lib.backbones.sam import load_sam
+from wris_lib.backbones.proposals import NO_PROPOSALS, Proposer, load_proposer, not_empty
 from wris_lib.methods import Method, Prediction, Stage
 from wris_lib.methods.clip_sam import scale
 
@@ -45,17 +44,18 @@ class ClipProposals(Method):
         self.clip, self.propose = clip, propose
 
     @classmethod
-    def load(cls, stack: str, device: str | None = None) -> "ClipProposals":
+    def load(cls, stack: str, device: str | None = None, proposals: str = "sam") -> "ClipProposals":
         """Build the method from a stack's models.
 
         Args:
             stack: "toy" or "paper".
             device: such as "cpu"; by default the GPU if there is any.
+            proposals: whose; "sam" or "mask2former".
 
         Raises:
-            WrisError: no such stack, or its weights are missing or damaged.
+            WrisError: no such stack or source of proposals, or its weights are missing or damaged.
         """
-        return cls(load_clip(stack, device), Proposer(load_sam(stack, device), SETTINGS[stack]))
+        return cls(load_clip(stack, device), load_proposer(proposals, stack, device))
 
     def predict(self, image: Image.Image, expressions: list[str]) -> list[Prediction]:
         """One prediction for each expression; proposals are made and encoded once."""
@@ -110,10 +110,9 @@ class GlClip(ClipProposals):
         self.parser = parser
 
     @classmethod
-    def load(cls, stack: str, device: str | None = None) -> "GlClip":
+    def load(cls, stack: str, device: str | None = None, proposals: str = "sam") -> "GlClip":
         """As `ClipProposals.load`; the parser is the stack's, too."""
-        segmenter = load_sam(stack, device)
-        return cls(load_clip(stack, device), Proposer(segmenter, SETTINGS[stack]), load_parser(stack))
+        return cls(load_clip(stack, device), load_proposer(proposals, stack, device), load_parser(stack))
 
     def images(self, image: Image.Image, proposals: Bool[np.ndarray, "p H W"]) -> Float[Tensor, "p D"]:
         alone = [_alone(image, mask).crop(box_of(mask)) for mask in proposals]

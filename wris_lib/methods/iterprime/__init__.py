@@ -4,7 +4,8 @@
     image, sentence --ALBEF--> Grad-CAM --primary word emphasis--> map --hide, look again--> map --> mask
 
 Source: Wang et al., "IteRPrimE: Zero-shot Referring Image Segmentation with Iterative Grad-CAM Refinement and Primary
-Word Emphasis", AAAI 2025 (arXiv 2503.00936). The paper takes its proposals from Mask2Former, we from SAM.
+Word Emphasis", AAAI 2025 (arXiv 2503.00936). The paper takes its proposals from Mask2Former, we from SAM unless told
+otherwise.
 """
 
 from collections.abc import Hashable
@@ -20,8 +21,7 @@ from torch.nn.functional import interpolate
 from wris_lib.backbones.itm import Matcher, load_matcher
 from wris_lib.backbones.itm_models import EncodedImages
 from wris_lib.backbones.language import Parser, Word, load_parser
-from wris_lib.backbones.proposals import NO_PROPOSALS, SETTINGS, Proposer, not_empty
-from wris_lib.backbones.sam import load_sam
+from wris_lib.backbones.proposals import NO_PROPOSALS, Proposer, load_proposer, not_empty
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import peak
 from wris_lib.methods import Method, Prediction, Stage
@@ -86,6 +86,7 @@ class IterPrime(Method):
         hide: str = "attention",
         sharpen: bool = False,
         released_stop: bool = False,
+        proposals: str = "sam",
     ) -> "IterPrime":
         """Build the method from a stack's models.
 
@@ -100,13 +101,14 @@ class IterPrime(Method):
             hide: see the class.
             sharpen: the paper's Eq. 5.
             released_stop: the released code's stop rule.
+            proposals: whose; "sam" or, as in the paper, "mask2former".
 
         Raises:
-            WrisError: no such stack, aggregation or way to hide; a number is out of range; weights are missing or
-                damaged.
+            WrisError: no such stack, aggregation, way to hide or source of proposals; a number is out of range; weights
+                are missing or damaged.
         """
         settings = Refinement(passes, threshold, decay, sharpen, released_stop)
-        propose = Proposer(load_sam(stack, device), SETTINGS[stack])
+        propose = load_proposer(proposals, stack, device)
         return cls(load_matcher(stack, device), propose, load_parser(stack), aggregation, layer, hide, settings)
 
     def predict(self, image: Image.Image, expressions: list[str]) -> list[Prediction]:
