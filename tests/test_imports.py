@@ -8,7 +8,15 @@ ROOMS = (
     *("report", "answers", "examples", "ablation_figure", "show"),  # what becomes of predictions
     *("course", "contestants", "questions", "cost", "comparison_figures", "page", "benchmark"),
     *("pretrain", "studies", "fetch", "doctor"),
-    *("exercises", "exercises_sam", "exercises_ppt", "exercises_curriculum", "exercises_pcnet", "exercises_iterprime"),
+    *(
+        "checking",
+        "exercises",
+        "exercises_sam",
+        "exercises_ppt",
+        "exercises_curriculum",
+        "exercises_pcnet",
+        "exercises_iterprime",
+    ),
     *("exercises_measured", "exercises_compare"),
     *("widgets", "widgets_ppt", "widgets_curriculum", "widgets_pcnet", "widgets_iterprime", "widgets_compare"),
     "__main__",

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from wris_lib.backbones.sam import SamImage, Segmenter, load_sam
+from wris_lib.checking import Answer, Wrong, call, exercise, short
 from wris_lib.data.toyworld.grammar import can_be_referent
 from wris_lib.data.toyworld.scenes import sample_scene
 from wris_lib.evaluate import Mask, iou
-from wris_lib.exercises import Answer, Wrong, _call, _short, exercise
 from wris_lib.methods.ppt.labels import draw_points
 
 Points = Float[np.ndarray, "n 2"]
@@ -71,9 +71,9 @@ def check_choose_mask(answer: Answer) -> None:
     for masks, guesses, _ in _candidates():
         sizes = ", ".join(str(mask.sum()) for mask in masks)
         case = f"for masks of {sizes} pixels and guesses {', '.join(f'{guess:.2f}' for guess in guesses)}"
-        got = _call(answer, case, masks, guesses)
+        got = call(answer, case, masks, guesses)
         if isinstance(got, bool | np.bool_) or not (isinstance(got, Integral) and 0 <= got < 3):
-            raise Wrong(f"{case}, got {_short(got)}, expected a number: 0, 1 or 2", "which mask, not the mask itself")
+            raise Wrong(f"{case}, got {short(got)}, expected a number: 0, 1 or 2", "which mask, not the mask itself")
         chosen.append(int(got))
     worth = np.array([ious for _, _, ious in _candidates()])
     rows = np.arange(len(worth))
@@ -115,9 +115,9 @@ def check_my_order(answer: Answer) -> None:
 
     What is measured on 24 fresh things decides. Of two ways that cannot be told apart there either may be first.
     """
-    got = _call(answer, "without arguments")
+    got = call(answer, "without arguments")
     if not (isinstance(got, list | tuple) and all(isinstance(way, str) for way in got)):
-        raise Wrong(f"got {_short(got)}, expected a list of the four ways, the best first")
+        raise Wrong(f"got {short(got)}, expected a list of the four ways, the best first")
     for way in got:
         if way not in WAYS:
             raise Wrong(f"got {way!r}, expected the four ways: {', '.join(map(repr, WAYS))}")
