@@ -19,6 +19,7 @@ from wris_lib.checking import Answer, Wrong, array_of, call, exercise, short
 from wris_lib.data import load
 from wris_lib.data.images import load_image
 from wris_lib.errors import WrisError
+from wris_lib.exercises_sam import choices
 from wris_lib.methods import load_method
 from wris_lib.methods.iterprime.gradcam import AGGREGATIONS
 from wris_lib.methods.iterprime.selection import choose as choose_proposal
@@ -184,9 +185,7 @@ def check_pick_mask(answer: Answer) -> None:
     picked = [_picked(answer, *given) for *given, _ in cases]
     ious = [np.array([evaluate.iou(mask, truth) for mask in masks]) for masks, _, _, truth in cases]
     own = [int(trusted.argmax()) for _, trusted, _, _ in cases]
-    mine, sams = (100 * np.mean([e[n] for e, n in zip(ious, chosen, strict=True)]) for chosen in (picked, own))
-    best = 100 * np.mean([each.max() for each in ious])
-    needed = sams + (best - sams) / 2
+    mine, sams, best, needed = choices(ious, picked, own)
     if mine < needed:
         case = f"on {len(cases)} other expressions the mIoU is {mine:.1f}, SAM's own choice has {sams:.1f}"
         raise Wrong(f"{case}, the best one {best:.1f}; expected at least {needed:.1f}", _picking(picked, own, cases))

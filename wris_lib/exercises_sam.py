@@ -4,6 +4,7 @@ They ask about scenes that they draw themselves, always the same ones, which are
 draw, and judged on another. It is the toy SAM that they ask, whatever stack the notebook runs on.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
 from numbers import Integral
@@ -75,25 +76,42 @@ def check_choose_mask(answer: Answer) -> None:
         if isinstance(got, bool | np.bool_) or not (isinstance(got, Integral) and 0 <= got < 3):
             raise Wrong(f"{case}, got {short(got)}, expected a number: 0, 1 or 2", "which mask, not the mask itself")
         chosen.append(int(got))
-    worth = np.array([ious for _, _, ious in _candidates()])
-    rows = np.arange(len(worth))
     trusted = [int(guesses.argmax()) for _, guesses, _ in _candidates()]
     sizes = np.array([masks.sum(axis=(1, 2)) for masks, _, _ in _candidates()])
-    reached, by_sam, best = (
-        100 * ious.mean() for ious in (worth[rows, chosen], worth[rows, trusted], worth.max(axis=1))
-    )
-    if reached >= (by_sam + best) / 2:
+    reached, by_sam, best, needed = choices([ious for _, _, ious in _candidates()], chosen, trusted)
+    if reached >= needed:
         return
     rules = [
         ("that is SAM's own choice", trusted),
         ("one of the three is mostly background, and SAM knows that", sizes.argmax(axis=1)),
         ("the smallest is mostly a part", sizes.argmin(axis=1)),
-        ("the order of the three is mixed, so a place says nothing", np.full(len(rows), chosen[0])),
+        ("the order of the three is mixed, so a place says nothing", np.full(len(chosen), chosen[0])),
     ]
     hint = next((mistake for mistake, choice in rules if np.array_equal(choice, chosen)), "")
     measured = f"SAM's choice {by_sam:.1f}, and the best of the three {best:.1f}"
-    wanted = f"at least {(by_sam + best) / 2:.1f} is asked for"
-    raise Wrong(f"on {len(rows)} fresh things your choice has an mIoU of {reached:.1f}, {measured}; {wanted}", hint)
+    wanted = f"at least {needed:.1f} is asked for"
+    raise Wrong(f"on {len(chosen)} fresh things your choice has an mIoU of {reached:.1f}, {measured}; {wanted}", hint)
+
+
+def choices(
+    ious: Sequence[Float[np.ndarray, " m"]], chosen: Sequence[int], trusted: Sequence[int]
+) -> tuple[float, float, float, float]:
+    """What choices among SAM's masks are worth: mIoU in percent.
+
+    Args:
+        ious: of a thing's masks, for each thing.
+        chosen: the learner's mask of each thing.
+        trusted: SAM's own choice.
+
+    Returns:
+        The learner's, SAM's own, the best that can be, and what is asked for, half-way between the latter two.
+    """
+    mine, sams = (
+        float(100 * np.mean([each[number] for each, number in zip(ious, numbers, strict=True)]))
+        for numbers in (chosen, trusted)
+    )
+    best = float(100 * np.mean([each.max() for each in ious]))
+    return mine, sams, best, (sams + best) / 2
 
 
 @cache
