@@ -182,13 +182,8 @@ def spacy_download(package: str) -> str:
     return f"python -m spacy download {package}"
 
 
-def place_of(checkpoint: Checkpoint) -> Path:
-    """Where the file lies, or will: in the package, or in the cache when it has to be fetched."""
-    return cache_dir() / "paper" / checkpoint.file if checkpoint.urls else WEIGHTS / checkpoint.file
-
-
 def checkpoint_path(checkpoint: Checkpoint) -> Path:
-    """`place_of` a file that is there.
+    """Where the file lies: in the package, or in the cache when it had to be fetched.
 
     Raises:
         WrisError: it is not there.
@@ -254,6 +249,11 @@ def fetch_checkpoint(checkpoint: Checkpoint) -> None:
     fetch_file(checkpoint, place_of(checkpoint), expected, FETCH)
     if not expected:
         record_sha256(place_of(checkpoint))
+
+
+def place_of(checkpoint: Checkpoint) -> Path:
+    """Where the file lies, or will: in the package, or in the cache when it has to be fetched."""
+    return cache_dir() / "paper" / checkpoint.file if checkpoint.urls else WEIGHTS / checkpoint.file
 
 
 def _recorded(folder: Path) -> dict[str, str]:
