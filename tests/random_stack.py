@@ -196,8 +196,8 @@ def save_trained_parts(stack: str) -> None:
     from wris_lib.methods.pcnet.crm import Crm
     from wris_lib.methods.pcnet.run import STAGES
     from wris_lib.methods.pcnet.run import configure as configure_crm
+    from wris_lib.methods.ppt.config import configure
     from wris_lib.methods.ppt.model import PointGenerator
-    from wris_lib.methods.ppt.run import configure
     from wris_lib.methods.ppt.weights import save_generator
 
     clip = load_clip(stack, device="cpu")

@@ -15,6 +15,8 @@ from tests.fake_benchmark import IMAGES, Fake
 from wris_lib import benchmark, contestants, questions, report
 from wris_lib.contestants import predictor
 from wris_lib.errors import WrisError
+from wris_lib.files import sha256
+from wris_lib.sources import PACKAGE
 
 
 @pytest.fixture
@@ -135,6 +137,29 @@ def test_records_do_not_outlive_what_made_them(split, monkeypatch, tmp_path, cha
         monkeypatch.setattr(benchmark.data, "load", lambda spec: type("Split", (), {"items": items}))
     benchmark.records("fake bright", "fake:val")
     assert Fake.calls == 2 * IMAGES
+
+
+@pytest.mark.parametrize(
+    "name, matters",
+    [
+        ("methods/pcnet/prompt.txt", True),
+        ("methods/ppt/vision.py", True),  # which PCNet's own `vision` imports
+        ("backbones/configs/wris-toy.json", True),
+        ("data/toyworld/grammar.py", True),  # the language model's words
+        ("weights/clip_bpe.txt.gz", True),
+        ("benchmark.py", True),
+        ("methods/ppt/training.py", False),
+        ("methods/iterprime/igrs.py", False),
+        ("backbones/itm.py", False),
+        ("page.py", False),
+    ],
+)
+def test_files_that_pcnet_s_records_depend_on(monkeypatch, name, matters):
+    row = contestants.contestants("pcnet sam")[0]
+    before = benchmark._key(row, "toy", [])
+    monkeypatch.setattr(benchmark, "sha256", lambda path: "changed" if path == PACKAGE / name else sha256(path))
+    assert (PACKAGE / name).exists()
+    assert (benchmark._key(row, "toy", []) != before) is matters
 
 
 def test_weights_that_a_row_does_not_use_are_not_its_business(split):

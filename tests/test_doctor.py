@@ -230,10 +230,6 @@ def test_disk(free: float, level: str, monkeypatch: pytest.MonkeyPatch):
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path / "cache"))
     assert only(doctor.check_cache) == Finding("OK", "cache", str(tmp_path / "cache"))
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("WRIS_CACHE", str(tmp_path / "file" / "cache"))
-    finding = only(doctor.check_cache)
-    assert finding.level == "FAIL" and str(tmp_path / "file") in finding.text and "WRIS_CACHE" in finding.mend
 
 
 @pytest.mark.parametrize("place", ["file/cache", "/proc/none/cache"])
@@ -242,7 +238,7 @@ def test_where_there_can_be_no_cache_another_is_named(place: str, check, tmp_pat
     (tmp_path / "file").touch()
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path / place))
     (finding,) = doctor.findings({"subject": check})
-    assert finding.level == "FAIL" and "cannot write to" in finding.text
+    assert finding.level == "FAIL" and f"cannot write to {tmp_path / place}" in finding.text
     assert "WRIS_CACHE" in finding.mend and ".venv" not in finding.mend
 
 

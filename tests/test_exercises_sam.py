@@ -34,3 +34,8 @@ def test_the_draw_is_always_the_same():
     first, again = (exercises_sam._things.__wrapped__(4, least=3000) for _ in range(2))
     for (_, mask), (_, same) in zip(first, again, strict=True):
         assert np.array_equal(mask, same) and mask.sum() >= 3000
+
+
+def test_what_choices_are_worth_by_hand():
+    ious = [np.array([0.5, 0.9]), np.array([0.7, 0.1])]
+    assert exercises_sam.choices(ious, [1, 1], [0, 0]) == (50.0, 60.0, 80.0, 70.0)

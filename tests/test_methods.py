@@ -1,6 +1,7 @@
 """`segment` and CLIP + SAM, with a CLIP whose maps are known and a SAM that draws discs."""
 
 import dataclasses
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from wris_lib import methods
+from wris_lib.backbones import checkpoints
 from wris_lib.backbones.checkpoints import Stack
 from wris_lib.backbones.sam import SamImage, SamMasks, Segmenter, build_toy_sam
 from wris_lib.errors import WrisError
@@ -156,6 +158,18 @@ def test_models_are_loaded_once(models, monkeypatch):
         methods.segment(IMAGE, "x=1 y=1")
     methods.segment(IMAGE, "x=1 y=1", kind="plain")
     assert loads == ["toy", "toy"]
+
+
+def test_models_are_loaded_anew_when_a_file_of_the_stack_s_was_written_anew(models, monkeypatch, tmp_path):
+    loads = []
+    monkeypatch.setattr(clip_sam, "load_clip", lambda stack, device: loads.append(stack) or models[0])
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
+    for times in ([0, 0], [0, 0], [0, 1], [2, 1], [2, 1]):
+        for part, time in zip(("clip", "sam"), times, strict=True):
+            (tmp_path / f"{part}.safetensors").touch()
+            os.utime(tmp_path / f"{part}.safetensors", (time, time))
+        methods.segment(IMAGE, "x=1 y=1")
+    assert len(loads) == 3
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,8 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-import wris_lib
 from wris_lib import answers, comparison_figures, cost, data, evaluate, page, questions, report
-from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
+from wris_lib.backbones.checkpoints import WEIGHTS, checkpoint_path, get_stack
 from wris_lib.backbones.features import PACKAGES
 from wris_lib.contestants import Contestant, contestants, everyone
 from wris_lib.data.refer import EvaluationItem
@@ -40,6 +39,7 @@ from wris_lib.errors import WrisError
 from wris_lib.evaluate import Record
 from wris_lib.files import cache_dir, readable_errors, sha256
 from wris_lib.methods import get_method
+from wris_lib.sources import sources
 
 # All toy splits that no training sees; ToyRef val comes first, since costs are measured and examples taken there.
 TOY_SPLITS = (
@@ -251,11 +251,8 @@ def _read(path: Path) -> list[Record]:
 
 def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
     """Hash of all that a record depends on."""
-    package = Path(wris_lib.__file__).parent
-    code = [package / "benchmark.py", package / "contestants.py", package / "evaluate.py", package / "questions.py"]
-    code += [*(package / "backbones").glob("*.py"), *(package / "data").glob("*.py")]
-    if row.method:
-        code += Path(inspect.getfile(get_method(row.method))).parent.glob("*.py")
+    method = [inspect.getfile(get_method(row.method))] if row.method else []
+    code = [Path(__file__), *sources(questions.__file__, *method), *sorted(WEIGHTS.glob("*.txt*"))]  # and vocabularies
     used = [part for name in row.parts if (part := getattr(get_stack(stack), name))]
     images = {path: sha256(path) for path in dict.fromkeys(item.image_path for item in items)}
     samples = [
@@ -265,7 +262,7 @@ def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
         "row": (row.name, row.method, sorted(row.options.items())),
         "samples": samples,
         "weights": [part if isinstance(part, str) else sha256(checkpoint_path(part)) for part in used],
-        "code": [sha256(path) for path in sorted(code)],
+        "code": [sha256(path) for path in code],
         "versions": versions(),
         "device": device_name(),
     }
@@ -274,7 +271,8 @@ def _key(row: Contestant, stack: str, items: Sequence[EvaluationItem]) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that figures depend on."""
-    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    packages = (*PACKAGES, "transformers", "spacy", "timm")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
 
 
 def device_name() -> str:

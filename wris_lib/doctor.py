@@ -216,10 +216,7 @@ def check_disk() -> Iterator[Finding]:
 def check_cache() -> Iterator[Finding]:
     from wris_lib.files import cache_dir
 
-    try:
-        yield Finding("OK", "cache", str(cache_dir()))
-    except WrisError as error:
-        yield Finding("FAIL", "cache", str(error).split(";")[0], "export WRIS_CACHE=/a/folder/of/yours")
+    yield Finding("OK", "cache", str(cache_dir()))
 
 
 def check_paper_stack() -> Iterator[Finding]:

@@ -9,89 +9,15 @@ runs to its end.
 """
 
 import sys
-from collections.abc import Callable, Iterable
-from copy import deepcopy
-from functools import wraps
 from numbers import Real
-from typing import Any
 
 import numpy as np
 
 from wris_lib import evaluate
+from wris_lib.checking import Answer, Wrong, array_of, box, call, exercise, likely_mistake, random_box, short
 from wris_lib.evaluate import Mask
 
-Answer = Callable[..., Any]  # a learner's function
 KINDS = ("right", "part instead of whole", "wrong object", "something else")
-
-
-class Open(Exception):
-    """The exercise is not done yet."""
-
-
-class Wrong(Exception):
-    """What is wrong in which case, and if possible why."""
-
-    def __init__(self, complaint: str, hint: str = "") -> None:
-        super().__init__(f"{complaint}: {hint}." if hint else f"{complaint}.")
-
-
-def exercise(name: str) -> Callable[[Callable[[Answer], None]], Callable[[Any], bool]]:
-    """Make a check out of a function that raises `Open` or `Wrong`.
-
-    Args:
-        name: of the function that the learner writes.
-    """
-
-    def decorate(body: Callable[[Answer], None]) -> Callable[[Any], bool]:
-        @wraps(body)
-        def check(answer: Any) -> bool:
-            try:
-                if not callable(answer):
-                    raise Wrong(f"got {_short(answer)} instead of a function; pass {name} itself, without brackets")
-                body(answer)
-            except Open:
-                print(f"○ {name} is still open: write it above, run that cell, then this one.")
-            except Wrong as wrong:
-                print(f"✘ {name}: {wrong}")
-            else:
-                print(f"✔ {name} is right.")
-                return True
-            return False
-
-        return check
-
-    return decorate
-
-
-def _call(answer: Answer, case: str, *arguments: Any, hint: str = "", **options: Any) -> Any:
-    """The learner's result for a case, which is named in whatever there is to complain about."""
-    try:
-        with np.errstate(all="ignore"):  # 0 / 0 is judged by its result
-            result = answer(*deepcopy(arguments), **options)
-    except NotImplementedError:
-        raise Open from None
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise Wrong(f"{case}, it raised {type(error).__name__} ({reason})", hint) from None
-    if result is None:
-        raise Wrong(f"{case}, got None", "does every way through the function end in `return`?")
-    return result
-
-
-def _short(value: Any) -> str:
-    """A value in at most a few words."""
-    if isinstance(value, np.ndarray):
-        return f"an array of shape {value.shape}"
-    text = " ".join(repr(value).split())
-    return text if len(text) < 60 else f"a {type(value).__name__}"
-
-
-def _hint(got: Any, mistakes: Iterable[tuple[str, Any]]) -> str:
-    """What the learner probably did: the first mistake that leads to just this result, if one does."""
-    for mistake, result in mistakes:
-        if np.shape(result) == np.shape(got) and np.allclose(got, result):
-            return mistake
-    return ""
 
 
 @exercise("iou")
@@ -108,10 +34,10 @@ def check_iou(answer: Answer) -> None:
         p, t = int(prediction.sum()), int(truth.sum())
         shared, union = evaluate.overlap(prediction, truth)
         case = f"with {p} predicted and {t} true pixels, {shared} of them shared"
-        got = _call(answer, case, prediction, truth, hint=hint)
+        got = call(answer, case, prediction, truth, hint=hint)
         if isinstance(got, bool) or not isinstance(got, Real) or abs(got) > sys.float_info.max:
             hint = "count pixels with .sum()" if isinstance(got, np.ndarray) else ""
-            raise Wrong(f"{case}, got {_short(got)}, expected a number from 0 to 1", hint)
+            raise Wrong(f"{case}, got {short(got)}, expected a number from 0 to 1", hint)
         expected = evaluate.iou(prediction, truth)
         if np.isclose(got, expected):
             continue
@@ -128,7 +54,7 @@ def check_iou(answer: Answer) -> None:
                 ("that is in percent", 100 * expected),
                 ("that is what is missing to a perfect IoU", 1 - expected),
             ]
-            hint = _hint(got, mistakes)
+            hint = likely_mistake(got, mistakes)
         raise Wrong(f"{case}, got {got:.3f}, expected {expected:.3f}", hint)
 
 
@@ -155,9 +81,9 @@ def check_is_positional(answer: Answer) -> None:
         ("second from the right.", comma),
     ]
     for expression, hint in cases:
-        got = _call(answer, f"for {expression!r}", expression)
+        got = call(answer, f"for {expression!r}", expression)
         if not isinstance(got, bool | np.bool_):
-            raise Wrong(f"for {expression!r}, got {_short(got)}, expected True or False", "bool(…) makes one of it")
+            raise Wrong(f"for {expression!r}, got {short(got)}, expected True or False", "bool(…) makes one of it")
         expected = evaluate.is_position(expression)
         if got != expected:
             raise Wrong(f"for {expression!r}, got {bool(got)}, expected {expected}", hint)
@@ -176,7 +102,7 @@ def check_points_from_map(answer: Answer) -> None:
         response_map = rng.permutation(rows * columns).reshape(rows, columns) / 23  # from 0 to 1, each value once
         case = f"for a 4 × 6 map over 180 × 80 pixels with {threshold=:.2f} and {most=}"
         options = {} if threshold == 0.8 else {"threshold": threshold, "most": most}  # 0.8 and 10 are the defaults
-        answered = _call(answer, case, response_map, 180, 80, **options)
+        answered = call(answer, case, response_map, 180, 80, **options)
 
         best_first = np.argsort(-response_map, axis=None)
         all_cells = np.stack([best_first % columns, best_first // columns], axis=1)
@@ -184,10 +110,7 @@ def check_points_from_map(answer: Answer) -> None:
         reached = int((response_map >= threshold).sum())
         n = min(reached, most)
         cells, expected = all_cells[:n], all_centres[:n]
-        try:
-            got = np.asarray(answered, float)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise Wrong(f"{case}, got {_short(answered)}, expected an array [N, 2] of points, nothing else") from None
+        got = array_of(answered, f"{case}, got {short(answered)}, expected an array [N, 2] of points, nothing else")
         if got.ndim != 2 or got.shape[1] != 2:
             hint = "one point (x, y) a row" + (", so transpose it" if got.shape == (2, n) else "")
             raise Wrong(f"{case}, got shape {got.shape}, expected ({n}, 2)", hint)
@@ -213,7 +136,7 @@ def check_points_from_map(answer: Answer) -> None:
             ("a cell that just reaches the threshold counts, too", all_centres[: reached - 1]),
             ("does the function use its threshold?", all_centres[: (response_map >= 0.8).sum()]),
         ]
-        hint = _hint(_sorted_rows(got), [(mistake, _sorted_rows(result)) for mistake, result in mistakes])
+        hint = likely_mistake(_sorted_rows(got), [(mistake, _sorted_rows(result)) for mistake, result in mistakes])
         if len(got) != n:
             raise Wrong(f"{case}, got {len(got)} points, expected {n}", hint)
         first = int(np.argmax(~np.isclose(got, expected).all(axis=1)))
@@ -239,24 +162,29 @@ def check_classify_failure(answer: Answer) -> None:
 
     `wris_lib.evaluate.outcome` has the same definitions, and tells the last apart.
     """
-    person, dog, cup, nothing = _box(4, 2, 12, 22), _box(14, 10, 22, 20), _box(14, 2, 20, 8), _box(0, 0, 0, 0)
-    left = _box(0, 0, 4, 20)  # background
+    person, dog, cup, nothing = (
+        box(4, 2, 12, 22),
+        box(14, 10, 22, 20),
+        box(14, 2, 20, 8),
+        box(0, 0, 0, 0),
+    )
+    left = box(0, 0, 4, 20)  # background
     both = "count the one other object that has most of the prediction, not all of them together"
     cases = [
         ("the whole object", person, [dog, cup], ""),
-        ("a prediction with an IoU of exactly 0.5", _box(4, 2, 12, 12), [dog, cup], "0.5 is enough"),
-        ("the object's upper third", _box(4, 2, 12, 8), [dog, cup], ""),
-        ("a part and some background", _box(2, 8, 12, 14), [dog, cup], "half of it in the truth is enough"),
+        ("a prediction with an IoU of exactly 0.5", box(4, 2, 12, 12), [dog, cup], "0.5 is enough"),
+        ("the object's upper third", box(4, 2, 12, 8), [dog, cup], ""),
+        ("a part and some background", box(2, 8, 12, 14), [dog, cup], "half of it in the truth is enough"),
         ("another object", dog, [cup, dog], "try every one of the others"),
-        ("another object and some background", _box(13, 9, 23, 21), [dog, cup], "it need not fit well"),
-        ("a third of the object and all of another", _box(4, 2, 12, 8) | dog, [dog, cup], "the other has more of it"),
+        ("another object and some background", box(13, 9, 23, 21), [dog, cup], "it need not fit well"),
+        ("a third of the object and all of another", box(4, 2, 12, 8) | dog, [dog, cup], "the other has more of it"),
         ("an empty prediction", nothing, [dog, cup], "it is no part of anything"),
         ("all three objects and background", person | dog | cup | left, [dog, cup], "the truth has most of it"),
-        ("half of the object and background", _box(4, 10, 12, 22) | left, [dog, cup], "it covers half of the truth"),
-        ("mostly background", _box(14, 18, 24, 24), [dog, cup], "the background has more of it than the other object"),
-        ("background in an image without other objects", _box(14, 2, 20, 8), [], "there may be no others"),
-        ("a corner of the object and more of the background", _box(0, 2, 6, 8), [dog, cup], "most of it lies outside"),
-        ("some of two other objects, and background", _box(13, 5, 21, 13), [dog, cup], both),
+        ("half of the object and background", box(4, 10, 12, 22) | left, [dog, cup], "it covers half of the truth"),
+        ("mostly background", box(14, 18, 24, 24), [dog, cup], "the background has more of it than the other object"),
+        ("background in an image without other objects", box(14, 2, 20, 8), [], "there may be no others"),
+        ("a corner of the object and more of the background", box(0, 2, 6, 8), [dog, cup], "most of it lies outside"),
+        ("some of two other objects, and background", box(13, 5, 21, 13), [dog, cup], both),
     ]  # fmt: skip
     for name, prediction, others, hint in cases:
         _compare_kinds(answer, f"for {name}", prediction, person, others, hint)
@@ -264,8 +192,8 @@ def check_classify_failure(answer: Answer) -> None:
     for _ in range(100):
         labels = np.zeros((24, 24), int)
         for label in (2, 3, 1):
-            labels[_random_box(rng)] = label
-        prediction, truth, others = _random_box(rng), labels == 1, [labels == 2, labels == 3]
+            labels[random_box(rng)] = label
+        prediction, truth, others = random_box(rng), labels == 1, [labels == 2, labels == 3]
         shares = [int((prediction & mask).sum()) for mask in (truth, *others, labels == 0)]
         case = "for {} predicted pixels in the truth, {} and {} in two others and {} in the background".format(*shares)
         case += f", where the truth has {truth.sum()}"
@@ -273,9 +201,9 @@ def check_classify_failure(answer: Answer) -> None:
 
 
 def _compare_kinds(answer: Answer, case: str, prediction: Mask, truth: Mask, others: list[Mask], hint: str) -> None:
-    got = _call(answer, case, prediction, truth, others, hint=hint)
+    got = call(answer, case, prediction, truth, others, hint=hint)
     if not (isinstance(got, str) and got in KINDS):
-        raise Wrong(f"{case}, got {_short(got)}, expected one of {', '.join(map(repr, KINDS))}")
+        raise Wrong(f"{case}, got {short(got)}, expected one of {', '.join(map(repr, KINDS))}")
     outcome = evaluate.outcome(prediction, truth, others)
     expected = outcome if outcome in KINDS else KINDS[-1]
     if got != expected:
@@ -289,13 +217,13 @@ def check_two_names(answer: Answer) -> None:
     Two predictions, bool [H, W] like `truth` and each of the masks in the list `others`, that differ in a single pixel:
     the rule calls the first one "part instead of whole", and the second one "wrong object".
     """
-    result = _call(answer, "without arguments")
+    result = call(answer, "without arguments")
     if not isinstance(result, tuple | list) or len(result) != 4:
-        raise Wrong(f"got {_short(result)}, expected four things", "`return first, second, truth, others`")
+        raise Wrong(f"got {short(result)}, expected four things", "`return first, second, truth, others`")
     masks = (*result[:3], *(result[3] if isinstance(result[3], tuple | list) else [result[3]]))
     for mask in masks:
         if not (isinstance(mask, np.ndarray) and mask.dtype == bool and mask.ndim == 2):
-            raise Wrong(f"got {_short(mask)} as a mask, expected a boolean array [H, W]", "others is a list of such")
+            raise Wrong(f"got {short(mask)} as a mask, expected a boolean array [H, W]", "others is a list of such")
         if mask.shape != masks[0].shape:
             raise Wrong(f"got masks of shapes {masks[0].shape} and {mask.shape}, expected all of one picture")
     first, second, truth, *others = masks
@@ -317,15 +245,3 @@ def check_two_names(answer: Answer) -> None:
                 KINDS[2]: "for a part, no less of it lies in the truth than elsewhere",
             }
             raise Wrong(f"{case}, so it is {got!r}, expected {expected!r}", hints.get(got, ""))
-
-
-def _box(x0: int, y0: int, x1: int, y1: int) -> Mask:
-    mask = np.zeros((24, 24), bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
-
-
-def _random_box(rng: np.random.Generator) -> Mask:
-    x0, y0 = rng.integers(0, 16, 2).tolist()
-    width, height = rng.integers(4, 20, 2).tolist()
-    return _box(x0, y0, x0 + width, y0 + height)

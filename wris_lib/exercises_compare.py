@@ -5,8 +5,8 @@ from numbers import Integral
 import numpy as np
 from jaxtyping import Bool, Float
 
+from wris_lib.checking import Answer, Wrong, call, exercise, random_box, short
 from wris_lib.evaluate import iou
-from wris_lib.exercises import Answer, Wrong, _call, _random_box, _short, exercise
 
 
 @exercise("most_agreed")
@@ -26,7 +26,7 @@ def check_most_agreed(answer: Answer) -> None:
         ("a single mask", [small], ""),
     ]
     while len(cases) < 40:
-        masks = [_random_box(rng) for _ in range(rng.integers(3, 6))]
+        masks = [random_box(rng) for _ in range(rng.integers(3, 6))]
         support = np.sort(_support(np.stack(masks)))
         if support[-1] - support[-2] > 0.01:  # otherwise which is largest could be a matter of rounding
             cases.append((f"{len(masks)} boxes", masks, ""))
@@ -34,9 +34,9 @@ def check_most_agreed(answer: Answer) -> None:
         masks = np.stack(masks)
         support = _support(masks)
         case = f"for {name}, whose IoUs with the others add up to {', '.join(f'{each:.2f}' for each in support)}"
-        got = _call(answer, case, masks, hint=hint)
+        got = call(answer, case, masks, hint=hint)
         if isinstance(got, bool | np.bool_) or not isinstance(got, Integral) or not 0 <= got < len(masks):
-            raise Wrong(f"{case}, got {_short(got)}, expected which of the {len(masks)}, counted from 0")
+            raise Wrong(f"{case}, got {short(got)}, expected which of the {len(masks)}, counted from 0")
         if support[got] < support.max() - 1e-9:
             raise Wrong(f"{case}, got {got}, expected {support.argmax()}", hint or _guess(int(got), masks, support))
 

@@ -13,9 +13,9 @@ from jaxtyping import Bool
 
 from wris_lib import evaluate
 from wris_lib.ablation_figure import FULL, PAPER, read_ablation
+from wris_lib.checking import Answer, Wrong, call, exercise, random_box, short
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import Mask
-from wris_lib.exercises import Answer, Wrong, _call, _random_box, _short, exercise
 from wris_lib.methods.ppt.curriculum import mask_ious
 from wris_lib.report import RESULTS
 
@@ -46,7 +46,7 @@ def check_select(answer: Answer) -> None:
         ("an empty prediction and an empty candidate", nothing, [nothing, far], f"{none}; two empty masks, too"),
     ]
     while len(cases) < 40:
-        prediction, candidates = _random_box(rng), [_random_box(rng) for _ in range(rng.integers(1, 5))]
+        prediction, candidates = random_box(rng), [random_box(rng) for _ in range(rng.integers(1, 5))]
         ious = sorted(evaluate.iou(prediction, each) for each in candidates)
         if len(ious) == 1 or ious[-1] - ious[-2] > 0.01:  # otherwise which is best could be a matter of rounding
             shown = ", ".join(f"{evaluate.iou(prediction, each):.2f}" for each in candidates)
@@ -170,7 +170,7 @@ def check_mislead_select(answer: Answer) -> None:
     lies on the referent, and some candidate has an IoU of at least ½ with it; but that which fits the prediction best
     has less.
     """
-    prediction, referent, candidates = _masks(_call(answer, "without arguments"))
+    prediction, referent, candidates = _masks(call(answer, "without arguments"))
     hit = (prediction & referent).sum() / prediction.sum()
     if hit <= 0.5:
         complaint = f"{hit:.0%} of the prediction lie on the referent, expected more than half"
@@ -191,16 +191,16 @@ def check_mislead_select(answer: Answer) -> None:
 def _masks(result: Any) -> tuple[Mask, Mask, Bool[np.ndarray, "y h w"]]:
     """The learner's masks, if that is what they are."""
     if not isinstance(result, tuple | list) or len(result) != 3:
-        raise Wrong(f"got {_short(result)}, expected three things", "`return prediction, referent, candidates`")
+        raise Wrong(f"got {short(result)}, expected three things", "`return prediction, referent, candidates`")
     prediction, referent, given = result
     if not isinstance(given, list | tuple | np.ndarray) or len(given) == 0:
-        raise Wrong(f"got {_short(given)} as candidates, expected a list of at least one mask")
+        raise Wrong(f"got {short(given)} as candidates, expected a list of at least one mask")
     names = ("the prediction", "the referent", *(f"candidate {number}" for number in range(len(given))))
     masks = (prediction, referent, *given)
     for name, mask in zip(names, masks, strict=True):
         expected = "expected a mask, an array of shape (H, W) of True and False"
         if not isinstance(mask, np.ndarray) or mask.ndim != 2:
-            raise Wrong(f"got {_short(mask)} as {name}, {expected}")
+            raise Wrong(f"got {short(mask)} as {name}, {expected}")
         if mask.dtype != bool:
             raise Wrong(f"got numbers as {name}, {expected}", "np.zeros((16, 16), bool) makes an empty one")
         if mask.shape != np.shape(prediction):
@@ -214,12 +214,12 @@ def _masks(result: Any) -> tuple[Mask, Mask, Bool[np.ndarray, "y h w"]]:
 @exercise("loses_most")
 def check_loses_most(answer: Answer) -> None:
     """`loses_most() -> int`: which of the ablation's rows 6 to 8 has the lowest mIoU. What was measured decides."""
-    got = _call(answer, "without arguments")
+    got = call(answer, "without arguments")
     single = [name for name in PAPER if name[0] in "678"]
     if not isinstance(got, Integral) or got not in range(6, 9):
         hint = "row 9 takes away what rows 7 and 8 take away, so it does not say which of them it was"
         both = isinstance(got, Integral) and got == 9
-        raise Wrong(f"got {_short(got)}, expected the number of a row: 6, 7 or 8", hint if both else "")
+        raise Wrong(f"got {short(got)}, expected the number of a row: 6, 7 or 8", hint if both else "")
     try:
         rows = read_ablation(ABLATION)
     except WrisError as error:
@@ -238,9 +238,9 @@ def check_loses_most(answer: Answer) -> None:
 def _number(answer: Answer, case: str, *arguments: Any, hint: str) -> int | None:
     """The learner's result, which must be a number or None."""
     # In a tuple, since None is an answer here.
-    (got,) = _call(lambda *given: (answer(*given),), case, *arguments, hint=hint)
+    (got,) = call(lambda *given: (answer(*given),), case, *arguments, hint=hint)
     if isinstance(got, bool | np.bool_) or not (got is None or isinstance(got, Integral)):
-        raise Wrong(f"{case}, got {_short(got)}, expected a number from 0 on, or None")
+        raise Wrong(f"{case}, got {short(got)}, expected a number from 0 on, or None")
     return got if got is None else int(got)
 
 

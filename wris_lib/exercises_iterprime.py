@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from wris_lib.exercises import Answer, Wrong, _box, _call, _hint, _random_box, _short, exercise
+from wris_lib.checking import Answer, Wrong, array_of, box, call, exercise, likely_mistake, random_box, short
 
 GUARD = 1e-8  # in place of a norm of 0
 STEEPNESS, MIDDLE = 20, 0.5  # of the sigmoid in σ
@@ -39,10 +39,10 @@ def check_primary_difference(answer: Answer) -> None:
     cases.append(("for two patches to which all words attend alike", primary, context, zero))
     shapes = "x[:, None] makes [heads, 1, N] of [heads, N], which goes with [heads, C, N]"
     for case, primary, context, hint in cases:
-        got = _array(_call(answer, case, primary, context, hint=hint or shapes), case, "A_dif", context.shape)
+        got = _array(call(answer, case, primary, context, hint=hint or shapes), case, "A_dif", context.shape)
         expected = _difference(primary, context)
         if not _agree(got, expected):
-            known = _hint(got, _difference_mistakes(primary, context, expected))
+            known = likely_mistake(got, _difference_mistakes(primary, context, expected))
             raise Wrong(f"{case}, {_worst(got, expected, ('head', 'token', 'patch'))}", known or hint)
 
 
@@ -119,7 +119,7 @@ def check_next_pass(answer: Answer) -> None:
         if visible is None:  # the strongest is among the visible ones, or θ = 0.5 might hide nothing
             visible = (rng.permutation(24) < 12) | (response == height)
         given = rng.random(24), response, visible, decay, threshold
-        _check_pass(_call(answer, case, *given, hint=hint), case, *given, hint)
+        _check_pass(call(answer, case, *given, hint=hint), case, *given, hint)
 
 
 def _check_pass(
@@ -133,7 +133,7 @@ def _check_pass(
     hint: str,
 ) -> None:
     if not isinstance(result, tuple | list) or len(result) != 2:
-        raise Wrong(f"{case}, got {_short(result)}, expected two things", "`return E_new, visible_new`")
+        raise Wrong(f"{case}, got {short(result)}, expected two things", "`return E_new, visible_new`")
     got_average = _array(result[0], case, "E_new", average.shape)
     got_visible = _array(result[1], case, "visible_new", visible.shape)
     truths = [np.asarray(each).dtype.kind == "b" for each in result]
@@ -141,14 +141,14 @@ def _check_pass(
         raise Wrong(f"{case}, got True and False as E_new", "the average comes first, then the mask")
     expected = np.array([decay * e + (1 - decay) * h for e, h in zip(average, response, strict=True)])
     if not _agree(got_average, expected):
-        known = _hint(got_average, _average_mistakes(average, response, visible, decay))
+        known = likely_mistake(got_average, _average_mistakes(average, response, visible, decay))
         raise Wrong(f"{case}, {_worst(got_average, expected, ('patch',))} in E_new", known or hint)
     if not truths[1]:
         raise Wrong(f"{case}, got numbers as visible_new, expected True and False", "join masks with &, not with *")
     strengths = [1 / (1 + np.exp(-STEEPNESS * (h - MIDDLE))) for h in response]
     left = [bool(v) and s / max(strengths) < threshold for v, s in zip(visible, strengths, strict=True)]
     if got_visible.tolist() != left:
-        known = _hint(got_visible, _mask_mistakes(response, visible, threshold, expected))
+        known = likely_mistake(got_visible, _mask_mistakes(response, visible, threshold, expected))
         patch = next(n for n in range(len(left)) if got_visible[n] != left[n])
         states = ["visible" if state else "hidden" for state in (got_visible[patch], left[patch])]
         about = f"H is {response[patch]:.2f} and which this look could {'' if visible[patch] else 'not '}see"
@@ -246,8 +246,13 @@ def _choice_mistakes(response: Float[np.ndarray, "h w"], masks: Bool[np.ndarray,
 
 def _scenes() -> list[tuple[str, np.ndarray, np.ndarray, str]]:
     """Maps and masks in which one thing matters at a time: what they are, map, masks and a hint."""
-    everything, around, thing, beside = _box(0, 0, 24, 24), _box(4, 4, 16, 16), _box(4, 4, 12, 12), _box(0, 0, 5, 5)
-    other, far = _box(16, 16, 22, 22), _box(16, 0, 22, 6)
+    everything, around, thing, beside = (
+        box(0, 0, 24, 24),
+        box(4, 4, 16, 16),
+        box(4, 4, 12, 12),
+        box(0, 0, 5, 5),
+    )
+    other, far = box(16, 16, 22, 22), box(16, 0, 22, 6)
     response = np.where(thing, 0.6, np.where(other, 0.9, 0.05))
     peak, outside, two = response.copy(), response.copy(), np.where(far, 0.8, response)
     peak[4, 4] = outside[23, 0] = two[4, 4] = two[5, 20] = 1
@@ -267,7 +272,7 @@ def _scenes() -> list[tuple[str, np.ndarray, np.ndarray, str]]:
 def _random_scene(rng: np.random.Generator) -> tuple[str, np.ndarray, np.ndarray, str]:
     """As `_scenes`; the best of the masks is better than the next by more than rounding."""
     while True:
-        response, masks = rng.random((24, 24)), np.stack([_random_box(rng) for _ in range(rng.integers(2, 8))])
+        response, masks = rng.random((24, 24)), np.stack([random_box(rng) for _ in range(rng.integers(2, 8))])
         scores = _scores(response, masks)
         best = sorted(scores[number] for number in _with_peak(response, masks) or range(len(masks)))
         if len(best) == 1 or best[-1] - best[-2] > 1e-3:
@@ -278,7 +283,7 @@ def _number(answer: Answer, case: str, response: np.ndarray, masks: np.ndarray, 
     """The learner's choice, if it is one."""
     expected = f"expected a number from 0 to {len(masks) - 1}"
     # In a tuple, since None is what a missing answer looks like, which the case may explain.
-    (got,) = _call(lambda *given: (answer(*given),), case, response, masks, hint=hint)
+    (got,) = call(lambda *given: (answer(*given),), case, response, masks, hint=hint)
     if got is None:
         raise Wrong(f"{case}, got None, {expected}", hint or "does every way through the function end in `return`?")
     if isinstance(got, bool | np.bool_) or not isinstance(got, Integral):
@@ -287,7 +292,7 @@ def _number(answer: Answer, case: str, response: np.ndarray, masks: np.ndarray, 
             hint = "return the number of the mask, not the mask"
         elif shape in ((), (1,)):
             hint = "int(…) makes one of it"
-        raise Wrong(f"{case}, got {_short(got)}, {expected}", hint)
+        raise Wrong(f"{case}, got {short(got)}, {expected}", hint)
     if not 0 <= got < len(masks):
         raise Wrong(f"{case}, got {got}, {expected}", hint if got < 0 else "masks are counted from 0")
     return int(got)
@@ -295,10 +300,7 @@ def _number(answer: Answer, case: str, response: np.ndarray, masks: np.ndarray, 
 
 def _array(value: Any, case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The learner's numbers, if they have the right shape."""
-    try:
-        array = np.asarray(value, float)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise Wrong(f"{case}, got {_short(value)} as {name}, expected an array of shape {shape}") from None
+    array = array_of(value, f"{case}, got {short(value)} as {name}, expected an array of shape {shape}")
     if array.shape != shape:
         hint = "every context token has a map of its own" if array.ndim == 2 and len(shape) == 3 else ""
         raise Wrong(f"{case}, got {name} of shape {array.shape}, expected {shape}", hint)

@@ -15,10 +15,11 @@ from wris_lib import evaluate
 from wris_lib.ablation_figure import read_rows
 from wris_lib.backbones.language import Parser, load_parser
 from wris_lib.backbones.llm import Llm, load_llm
+from wris_lib.checking import Answer, Wrong, array_of, call, exercise, short
 from wris_lib.data import load
 from wris_lib.data.images import load_image
 from wris_lib.errors import WrisError
-from wris_lib.exercises import Answer, Wrong, _call, _short, exercise
+from wris_lib.exercises_sam import choices
 from wris_lib.methods import load_method
 from wris_lib.methods.iterprime.gradcam import AGGREGATIONS
 from wris_lib.methods.iterprime.selection import choose as choose_proposal
@@ -77,9 +78,9 @@ def check_weakest_way(answer: Answer) -> None:
 
 def _one_of(answer: Answer, texts: tuple[str, ...], what: str) -> str:
     """The learner's choice, if it is one."""
-    got = _call(answer, "without arguments")
+    got = call(answer, "without arguments")
     if not (isinstance(got, str) and got in texts):
-        raise Wrong(f"got {_short(got)}, expected {what}: {', '.join(map(repr, texts))}")
+        raise Wrong(f"got {short(got)}, expected {what}: {', '.join(map(repr, texts))}")
     return got
 
 
@@ -98,12 +99,12 @@ def check_invent_cue(answer: Answer) -> None:
     At most `MOST_WORDS` words of letters. The course's language model is asked, its answer is read as `decompose` reads
     it, and one of the cues must have a noun that the sentence has not.
     """
-    got = _call(answer, "without arguments")
+    got = call(answer, "without arguments")
     if not isinstance(got, str):
-        raise Wrong(f"got {_short(got)}, expected a sentence, a text")
+        raise Wrong(f"got {short(got)}, expected a sentence, a text")
     words = re.findall(r"[a-z]+", got.lower())
     if not re.fullmatch(r"[A-Za-z]+( [A-Za-z]+)*", got) or len(words) > MOST_WORDS:
-        raise Wrong(f"got {_short(got)}, expected a sentence of at most {MOST_WORDS} words, letters and single spaces")
+        raise Wrong(f"got {short(got)}, expected a sentence of at most {MOST_WORDS} words, letters and single spaces")
     llm, parser = _readers()
     (cues,) = decompose([got], llm, parser)
     phrases = list(dict.fromkeys(cues.phrases))
@@ -133,7 +134,7 @@ def check_mislead_choice(answer: Answer) -> None:
     `masks` bool [P, h, w], none empty; the first is the referent. `H` float [h, w] is at least 0.5 and at most 1 in it,
     and 0 elsewhere. The proposal that `iterprime.selection.choose` takes has an IoU of less than 0.5 with the referent.
     """
-    response, masks = _map_and_masks(_call(answer, "without arguments"))
+    response, masks = _map_and_masks(call(answer, "without arguments"))
     referent = masks[0]
     if outside := np.count_nonzero(response[~referent]):
         raise Wrong(f"H is not 0 at {outside} pixels outside the referent, masks[0]", "a map cannot be blamed then")
@@ -158,11 +159,9 @@ def check_mislead_choice(answer: Answer) -> None:
 def _map_and_masks(result: Any) -> tuple[Float[np.ndarray, "h w"], Bool[np.ndarray, "P h w"]]:
     """The learner's map and proposals, if that is what they are."""
     if not isinstance(result, tuple | list) or len(result) != 2:
-        raise Wrong(f"got {_short(result)}, expected two things", "`return H, masks`")
-    try:
-        response, masks = np.asarray(result[0], float), np.asarray(result[1])
-    except (TypeError, ValueError, OverflowError):
-        raise Wrong(f"got {_short(list(result))}, expected arrays: H [h, w] and masks [P, h, w]") from None
+        raise Wrong(f"got {short(result)}, expected two things", "`return H, masks`")
+    complaint = f"got {short(list(result))}, expected arrays: H [h, w] and masks [P, h, w]"
+    response, masks = array_of(result[0], complaint), array_of(result[1], complaint, None)
     if response.ndim != 2 or masks.ndim != 3 or masks.shape[1:] != response.shape or not masks.size:
         complaint = f"got H of shape {response.shape} and masks of shape {masks.shape}, expected (h, w) and (P, h, w)"
         raise Wrong(complaint, "both are of one size, and np.stack puts masks into one array")
@@ -186,9 +185,7 @@ def check_pick_mask(answer: Answer) -> None:
     picked = [_picked(answer, *given) for *given, _ in cases]
     ious = [np.array([evaluate.iou(mask, truth) for mask in masks]) for masks, _, _, truth in cases]
     own = [int(trusted.argmax()) for _, trusted, _, _ in cases]
-    mine, sams = (100 * np.mean([e[n] for e, n in zip(ious, chosen, strict=True)]) for chosen in (picked, own))
-    best = 100 * np.mean([each.max() for each in ious])
-    needed = sams + (best - sams) / 2
+    mine, sams, best, needed = choices(ious, picked, own)
     if mine < needed:
         case = f"on {len(cases)} other expressions the mIoU is {mine:.1f}, SAM's own choice has {sams:.1f}"
         raise Wrong(f"{case}, the best one {best:.1f}; expected at least {needed:.1f}", _picking(picked, own, cases))
@@ -197,11 +194,11 @@ def check_pick_mask(answer: Answer) -> None:
 def _picked(answer: Answer, *given: np.ndarray) -> int:
     """The learner's number of a mask, if it is one."""
     count = len(given[0])
-    got = _call(answer, f"for {count} masks", *given)
+    got = call(answer, f"for {count} masks", *given)
     number = got.item() if isinstance(got, np.ndarray | np.integer) and np.size(got) == 1 else got
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
         hint = "return the number of a mask, not the mask" if getattr(got, "shape", None) == given[0][0].shape else ""
-        raise Wrong(f"for {count} masks, got {_short(got)}, expected a number from 0 to {count - 1}", hint)
+        raise Wrong(f"for {count} masks, got {short(got)}, expected a number from 0 to {count - 1}", hint)
     return number
 
 

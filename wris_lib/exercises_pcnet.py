@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from wris_lib.exercises import Answer, Wrong, _call, _hint, _short, exercise
+from wris_lib.checking import Answer, Wrong, call, exercise, likely_mistake, short
 from wris_lib.methods.pcnet import loss
 from wris_lib.methods.pcnet.decompose import repeat
 
@@ -71,16 +71,16 @@ def check_order_cues(answer: Answer) -> None:
 
 def _texts(answer: Answer, case: str, cues: list[str], count: int) -> list[str]:
     """The learner's texts, if that is what they are."""
-    result = _call(answer, case, cues, count)
+    result = call(answer, case, cues, count)
     expected = f"expected a list of {count} texts"
     if isinstance(result, str):
-        raise Wrong(f"{case}, got {_short(result)}, {expected}", "one text for each stage, not one for all")
+        raise Wrong(f"{case}, got {short(result)}, {expected}", "one text for each stage, not one for all")
     if not isinstance(result, list | tuple | np.ndarray):
-        raise Wrong(f"{case}, got {_short(result)}, {expected}", "list(…) makes one of what can be gone through")
+        raise Wrong(f"{case}, got {short(result)}, {expected}", "list(…) makes one of what can be gone through")
     texts = list(result)
     if strange := [each for each in texts if not isinstance(each, str)]:
         hint = "+ joins lists; .append puts a list into the list" if isinstance(strange[0], list) else ""
-        raise Wrong(f"{case}, got {_short(strange[0])} in the list, {expected}", hint)
+        raise Wrong(f"{case}, got {short(strange[0])} in the list, {expected}", hint)
     return texts
 
 
@@ -300,10 +300,10 @@ def _cosine(one: Float[np.ndarray, "n"], two: Float[np.ndarray, "n"]) -> float:
 
 def _number(answer: Answer, case: str, *arguments: Any, hint: str) -> float:
     """The learner's result, which must be a number."""
-    got = _call(answer, case, *arguments, hint=hint)
+    got = call(answer, case, *arguments, hint=hint)
     if isinstance(got, bool) or not isinstance(got, Real):
         single = getattr(got, "shape", None) in ((), (1,))
-        raise Wrong(f"{case}, got {_short(got)}, expected a number", "float(…) makes one of it" if single else "")
+        raise Wrong(f"{case}, got {short(got)}, expected a number", "float(…) makes one of it" if single else "")
     try:
         return float(got)
     except OverflowError:
@@ -313,5 +313,5 @@ def _number(answer: Answer, case: str, *arguments: Any, hint: str) -> float:
 def _compare(case: str, got: float, expected: float, hint: str, mistakes: Iterable[tuple[str, float]]) -> None:
     """Complain where a number is another than expected; a known mistake says more than the case's own hint."""
     if not np.isclose(got, expected, rtol=1e-4, atol=1e-6):
-        known = _hint(got, mistakes) if np.isfinite(got) else ""
+        known = likely_mistake(got, mistakes) if np.isfinite(got) else ""
         raise Wrong(f"{case}, got {got:.3f}, expected {expected:.3f}", known or hint)

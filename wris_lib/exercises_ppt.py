@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from wris_lib.checking import Answer, Wrong, array_of, call, exercise, likely_mistake, short
 from wris_lib.evaluate import Mask
-from wris_lib.exercises import Answer, Wrong, _call, _hint, _short, exercise
 
 MANY = 4000  # points: their mean is then within 3 % of the box's sides, and the first 1 % of each side has some
 
@@ -41,15 +41,12 @@ def check_draw_points(answer: Answer) -> None:
 
 def _drawn(answer: Answer, case: str, mask: Mask, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The learner's points [count, 2] and labels [count], if that is what they are."""
-    result = _call(answer, case, mask, count, np.random.default_rng(seed))
+    result = call(answer, case, mask, count, np.random.default_rng(seed))
     if not isinstance(result, tuple | list) or len(result) != 2:
-        raise Wrong(f"{case}, got {_short(result)}, expected two things, points and labels", "`return points, labels`")
+        raise Wrong(f"{case}, got {short(result)}, expected two things, points and labels", "`return points, labels`")
     arrays = []
     for name, values, shape in zip(("points", "labels"), result, ((count, 2), (count,)), strict=True):
-        try:
-            array = np.asarray(values, float)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise Wrong(f"{case}, got {_short(values)} as {name}, expected an array of shape {shape}") from None
+        array = array_of(values, f"{case}, got {short(values)} as {name}, expected an array of shape {shape}")
         if array.shape != shape:
             hint = "one point (x, y) a row, so transpose it" if array.shape == (2, count) != shape else ""
             raise Wrong(f"{case}, got {name} of shape {array.shape}, expected {shape}", hint)
@@ -126,7 +123,7 @@ def _check_labels(case: str, mask: Mask, points: np.ndarray, labels: np.ndarray)
     raise Wrong(
         f"{case}, {wrong} of {len(labels)} labels are wrong; the point in column {column} and row {row} is"
         f" {'on' if expected[first] else 'off'} the mask, and got {labels[first]:g}",
-        _hint(labels, mistakes),
+        likely_mistake(labels, mistakes),
     )
 
 
@@ -181,7 +178,7 @@ def check_match(answer: Answer) -> None:
     for costs in cases:
         small = costs.size <= 18
         case = f"for costs {costs.tolist()}" if small else f"for random costs of shape {costs.shape}"
-        result = _call(answer, case, costs)
+        result = call(answer, case, costs)
         pairs = _pairs(case, result, costs.shape)
         best = list(zip(*(numbers.tolist() for numbers in linear_sum_assignment(costs)), strict=True))
         queries, labels = zip(*pairs, strict=True) if pairs else ((), ())
@@ -215,7 +212,7 @@ def check_fool(answer: Answer) -> None:
     `costs` [K, Y] are finite, not negative and all different, with K ≥ Y. What the cheapest pair first costs in the end
     must be at least twice what the best matching costs.
     """
-    costs = _matrix(_call(answer, "without arguments"))
+    costs = _matrix(call(answer, "without arguments"))
     case = f"for costs {costs.tolist()}" if costs.size <= 18 else f"for costs of shape {costs.shape}"
     greedy = sum(costs[pair] for pair in _cheapest_first(costs))
     best = costs[linear_sum_assignment(costs)].sum()
@@ -237,10 +234,7 @@ def check_fool(answer: Answer) -> None:
 
 def _matrix(result: Any) -> np.ndarray:
     """The learner's costs, if that is what they are."""
-    try:
-        costs = np.asarray(result, float)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise Wrong(f"got {_short(result)}, expected an array [K, Y] of costs") from None
+    costs = array_of(result, f"got {short(result)}, expected an array [K, Y] of costs")
     if costs.ndim != 2 or costs.size == 0:
         raise Wrong(f"got shape {costs.shape}, expected [K, Y]", "a row for each query, a column for each object")
     if costs.shape[0] < costs.shape[1]:
@@ -261,9 +255,9 @@ def _pairs(case: str, result: Any, shape: tuple[int, ...]) -> Pairs:
         pairs = [(int(k), int(y)) for k, y in rows]
     except (TypeError, ValueError, RuntimeError, OverflowError):
         hint = "zip the two arrays: one pair a row" if isinstance(result, tuple) and len(result) == 2 else ""
-        raise Wrong(f"{case}, got {_short(result)}, {expected}", hint) from None
+        raise Wrong(f"{case}, got {short(result)}, {expected}", hint) from None
     if pairs != rows:
-        raise Wrong(f"{case}, got {_short(result)}, {expected}", "both are whole numbers, counted from 0")
+        raise Wrong(f"{case}, got {short(result)}, {expected}", "both are whole numbers, counted from 0")
     for k, y in pairs:
         if not _inside(k, y, shape):
             hint = "the query comes first, then the pseudo-label" if _inside(y, k, shape) else "they count from 0"

@@ -4,6 +4,7 @@ They ask about scenes that they draw themselves, always the same ones, which are
 draw, and judged on another. It is the toy SAM that they ask, whatever stack the notebook runs on.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
 from numbers import Integral
@@ -14,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from wris_lib.backbones.sam import SamImage, Segmenter, load_sam
+from wris_lib.checking import Answer, Wrong, call, exercise, short
 from wris_lib.data.toyworld.grammar import can_be_referent
 from wris_lib.data.toyworld.scenes import sample_scene
 from wris_lib.evaluate import Mask, iou
-from wris_lib.exercises import Answer, Wrong, _call, _short, exercise
 from wris_lib.methods.ppt.labels import draw_points
 
 Points = Float[np.ndarray, "n 2"]
@@ -71,29 +72,46 @@ def check_choose_mask(answer: Answer) -> None:
     for masks, guesses, _ in _candidates():
         sizes = ", ".join(str(mask.sum()) for mask in masks)
         case = f"for masks of {sizes} pixels and guesses {', '.join(f'{guess:.2f}' for guess in guesses)}"
-        got = _call(answer, case, masks, guesses)
+        got = call(answer, case, masks, guesses)
         if isinstance(got, bool | np.bool_) or not (isinstance(got, Integral) and 0 <= got < 3):
-            raise Wrong(f"{case}, got {_short(got)}, expected a number: 0, 1 or 2", "which mask, not the mask itself")
+            raise Wrong(f"{case}, got {short(got)}, expected a number: 0, 1 or 2", "which mask, not the mask itself")
         chosen.append(int(got))
-    worth = np.array([ious for _, _, ious in _candidates()])
-    rows = np.arange(len(worth))
     trusted = [int(guesses.argmax()) for _, guesses, _ in _candidates()]
     sizes = np.array([masks.sum(axis=(1, 2)) for masks, _, _ in _candidates()])
-    reached, by_sam, best = (
-        100 * ious.mean() for ious in (worth[rows, chosen], worth[rows, trusted], worth.max(axis=1))
-    )
-    if reached >= (by_sam + best) / 2:
+    reached, by_sam, best, needed = choices([ious for _, _, ious in _candidates()], chosen, trusted)
+    if reached >= needed:
         return
     rules = [
         ("that is SAM's own choice", trusted),
         ("one of the three is mostly background, and SAM knows that", sizes.argmax(axis=1)),
         ("the smallest is mostly a part", sizes.argmin(axis=1)),
-        ("the order of the three is mixed, so a place says nothing", np.full(len(rows), chosen[0])),
+        ("the order of the three is mixed, so a place says nothing", np.full(len(chosen), chosen[0])),
     ]
     hint = next((mistake for mistake, choice in rules if np.array_equal(choice, chosen)), "")
     measured = f"SAM's choice {by_sam:.1f}, and the best of the three {best:.1f}"
-    wanted = f"at least {(by_sam + best) / 2:.1f} is asked for"
-    raise Wrong(f"on {len(rows)} fresh things your choice has an mIoU of {reached:.1f}, {measured}; {wanted}", hint)
+    wanted = f"at least {needed:.1f} is asked for"
+    raise Wrong(f"on {len(chosen)} fresh things your choice has an mIoU of {reached:.1f}, {measured}; {wanted}", hint)
+
+
+def choices(
+    ious: Sequence[Float[np.ndarray, " m"]], chosen: Sequence[int], trusted: Sequence[int]
+) -> tuple[float, float, float, float]:
+    """What choices among SAM's masks are worth: mIoU in percent.
+
+    Args:
+        ious: of a thing's masks, for each thing.
+        chosen: the learner's mask of each thing.
+        trusted: SAM's own choice.
+
+    Returns:
+        The learner's, SAM's own, the best that can be, and what is asked for, half-way between the latter two.
+    """
+    mine, sams = (
+        float(100 * np.mean([each[number] for each, number in zip(ious, numbers, strict=True)]))
+        for numbers in (chosen, trusted)
+    )
+    best = float(100 * np.mean([each.max() for each in ious]))
+    return mine, sams, best, (sams + best) / 2
 
 
 @cache
@@ -115,9 +133,9 @@ def check_my_order(answer: Answer) -> None:
 
     What is measured on 24 fresh things decides. Of two ways that cannot be told apart there either may be first.
     """
-    got = _call(answer, "without arguments")
+    got = call(answer, "without arguments")
     if not (isinstance(got, list | tuple) and all(isinstance(way, str) for way in got)):
-        raise Wrong(f"got {_short(got)}, expected a list of the four ways, the best first")
+        raise Wrong(f"got {short(got)}, expected a list of the four ways, the best first")
     for way in got:
         if way not in WAYS:
             raise Wrong(f"got {way!r}, expected the four ways: {', '.join(map(repr, WAYS))}")

@@ -241,10 +241,10 @@ def draw(axes: Axes, panel: Panel) -> dict[str, Artist]:
     else:
         axes.imshow(image, extent=extent)
     for (name, region), color in zip((panel.regions or {}).items(), cycle(REGIONS), strict=False):
-        _fill(axes, region, to_rgba(color), extent)
+        fill(axes, region, to_rgba(color), extent)
         legend[name] = Patch(color=color)
     if panel.mask is not None:
-        _fill(axes, panel.mask, to_rgba(PREDICTION, 0.55), extent)
+        fill(axes, panel.mask, to_rgba(PREDICTION, 0.55), extent)
         _outline(axes, panel.mask, PREDICTION, 1.0)
         legend["prediction"] = Patch(facecolor=to_rgba(PREDICTION, 0.6), edgecolor=PREDICTION)
     if panel.referent is not None:
@@ -348,7 +348,15 @@ def _draw_queries(axes: Axes, queries: Queries) -> dict[str, Artist]:
     return {name: legend[name] for name in ("anchor", "positive point", "negative point") if name in legend}
 
 
-def _fill(axes: Axes, mask: Bool[np.ndarray, "H W"], rgba: tuple[float, ...], extent: tuple[float, ...]) -> None:
+def fill(axes: Axes, mask: Bool[np.ndarray, "H W"], rgba: tuple[float, ...], extent: tuple[float, ...]) -> None:
+    """Colour a part of a picture.
+
+    Args:
+        axes: with the picture.
+        mask: the part.
+        rgba: 0 to 1 each.
+        extent: of the picture: left, right, bottom and top edge, in the axes' units.
+    """
     small = np.asarray(_shrunk(Image.fromarray(mask)))
     area = np.zeros((*small.shape, 4))
     area[small] = rgba

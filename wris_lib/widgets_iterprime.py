@@ -31,7 +31,7 @@ from wris_lib.methods.iterprime import IterPrime
 from wris_lib.methods.iterprime.gradcam import AGGREGATIONS
 from wris_lib.methods.iterprime.igrs import Pass, Refined, Refinement
 from wris_lib.methods.iterprime.selection import Choice, choose, upsample
-from wris_lib.show import ImageSource, Panel, Picture, _fill, grid
+from wris_lib.show import ImageSource, Panel, Picture, fill, grid
 from wris_lib.widgets import ROW, Lab
 
 NONE = "none"  # instead of a primary word
@@ -203,7 +203,7 @@ class RefinementLab(Lab):
         width, height = self.image.size
         for axes, each in zip(picture.figure.axes, looks, strict=False):
             hidden = ~each.visible.unflatten(0, shape).cpu().numpy()
-            _fill(axes, hidden, HIDDEN, (-0.5, width - 0.5, height - 0.5, -0.5))
+            fill(axes, hidden, HIDDEN, (-0.5, width - 0.5, height - 0.5, -0.5))
         return picture
 
     def _parse(self, text: str) -> Parse:

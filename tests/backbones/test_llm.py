@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -205,6 +206,9 @@ def test_a_folder_in_the_hub_s_format_is_loaded(short, tmp_path, causal):
     again = local_llm(str(tmp_path))
     assert again.causal is causal and again.follows_instructions
     assert next(again.answer(["the dog"])) == next(llm.answer(["the dog"]))
+    assert again.name == str(tmp_path) and again.identity == local_llm(str(tmp_path)).identity
+    os.utime(tmp_path / "model.safetensors", (0, 0))  # other weights have another time, if not another size
+    assert again.identity != local_llm(str(tmp_path)).identity
 
 
 def test_pickled_weights_are_not_opened(tmp_path):

@@ -143,6 +143,14 @@ def test_answers_are_kept_by_model_and_prompt(parser, monkeypatch):
         assert len(llm.asked) == 1, change
 
 
+def test_new_weights_of_the_same_name_are_asked_anew(parser):
+    for identity in ("old weights", "new weights"):
+        llm = Scripted(GOOD)
+        llm.identity = identity
+        decompose([EXPRESSION], llm, parser)
+        assert len(llm.asked) == 1, identity
+
+
 def test_what_was_answered_before_a_failure_is_kept():
     class Failing(Scripted):
         def answer(self, prompts: Sequence[str]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """PCNet as a method: a tiny module, away from its start, between CLIP and SAM, looked at from outside."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from wris_lib.backbones.language import Parse
 from wris_lib.backbones.trained import save_trained
 from wris_lib.errors import WrisError
 from wris_lib.evaluate import peak
-from wris_lib.methods import Prediction, pcnet, segment
+from wris_lib.methods import Prediction, load_method, pcnet, segment
 from wris_lib.methods.pcnet import MASKS, PcNet, Tris
 from wris_lib.methods.pcnet.crm import Crm, CrmConfig, response_maps
 from wris_lib.methods.pcnet.vision import see
@@ -308,6 +310,14 @@ def test_segment_takes_a_file_of_weights(models, build, path):
     np.testing.assert_allclose(prediction.response_map, expected.response_map, atol=0.05)  # 16-bit floats
     on_paper = segment(image, "the red dog", method="pcnet", stack="paper", weights=path, mask="map")
     assert np.array_equal(on_paper.mask, prediction.mask)
+
+
+def test_a_file_that_was_written_anew_is_read_anew(models, clip, path):
+    first = load_method("pcnet", weights=path)
+    assert load_method("pcnet", weights=path) is first
+    save_trained(module(stages=1), "pcnet", clip, Path(path))
+    second = load_method("pcnet", weights=path)
+    assert (first.crm.config.stages, second.crm.config.stages) == (module().config.stages, 1)
 
 
 @pytest.mark.parametrize("cues", [["a dog", "the red dog"], ("a dog", "the red dog")])

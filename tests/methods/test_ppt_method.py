@@ -203,13 +203,13 @@ def test_segment_takes_a_file_of_weights(models, ppt, clip, tmp_path):
 
 
 def test_the_papers_models_come_without_a_generator(models):
-    with pytest.raises(WrisError, match="no generator comes with the paper stack; train one with"):
+    with pytest.raises(WrisError, match="no trained ppt comes with the paper stack; train one with"):
         segment(Image.new("RGB", (8, 8)), "car", method="ppt", stack="paper")
 
 
 def test_weights_that_are_not_there_or_of_another_clip(models, clip, tokenizer, tmp_path):
     image = Image.new("RGB", (8, 8))
-    with pytest.raises(WrisError, match="there is no generator at /no/such/file"):
+    with pytest.raises(WrisError, match="there is no trained ppt at /no/such/file"):
         segment(image, "car", method="ppt", weights="/no/such/file")
     other = Clip(test_clip.tiny_model(quick_gelu=True), tokenizer, dense_size=32, device="cpu")
     save_generator(tiny_generator(), other, tmp_path / "other.safetensors")

@@ -24,10 +24,11 @@ from wris_lib.backbones.clip import Clip
 from wris_lib.data.refer import Expression
 from wris_lib.errors import WrisError
 from wris_lib.methods.ppt import Ppt, curriculum, datasets, run, training
+from wris_lib.methods.ppt.config import configure
 from wris_lib.methods.ppt.curriculum import FULL, Done, Round, Training
 from wris_lib.methods.ppt.loss import LossWeights
 from wris_lib.methods.ppt.model import PointGenerator
-from wris_lib.methods.ppt.run import configure, load_data, main, model_card
+from wris_lib.methods.ppt.run import load_data, main, model_card
 from wris_lib.methods.ppt.training import DATASETS, TrainingData
 from wris_lib.methods.ppt.weights import load_generator, save_generator
 

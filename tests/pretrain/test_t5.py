@@ -86,6 +86,14 @@ def test_the_shipped_model_takes_sentences_apart(monkeypatch):
     assert t5.exact(llm, expressions) >= 95
 
 
+def test_new_weights_have_another_identity_and_the_same_name(tmp_path, monkeypatch):
+    shipped = load_llm("toy")
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
+    t5.export(build_toy_t5(), tmp_path / shipped.name)
+    retrained = load_llm("toy")
+    assert retrained.name == shipped.name == "t5.safetensors" and retrained.identity != shipped.identity
+
+
 def test_weights_of_another_model(tmp_path, monkeypatch):
     stack = checkpoints.STACKS["toy"]
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)

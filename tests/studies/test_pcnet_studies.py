@@ -21,6 +21,7 @@ from wris_lib.files import sha256, write_json
 from wris_lib.methods.pcnet import MASKS, PcNet
 from wris_lib.methods.pcnet.crm import Crm, CrmConfig
 from wris_lib.methods.pcnet.training import IMAGES_PER_STEP, Training
+from wris_lib.sources import PACKAGE
 from wris_lib.studies import pcnet as studies
 from wris_lib.studies.common import over_seeds
 from wris_lib.studies.pcnet import ALL, BASELINE, COMPONENTS, LONG, OTHERS, SHORT, Run, Runner
@@ -29,13 +30,14 @@ tokenizer, clip, segmenter = test_clip.tokenizer, test_ppt_training.clip, test_p
 
 CONFIG = CrmConfig(20)
 RUN = Run(CONFIG, Training(), (LONG,))
+WEIGHTS = ("clip.safetensors", "sam.safetensors", "t5.safetensors", "parser.msgpack")
 
 
 @pytest.fixture(autouse=True)
 def weights(tmp_path, monkeypatch) -> Path:
     """Checkpoints of the test's own, in an empty cache; no more than their hashes is asked for."""
     monkeypatch.setenv("WRIS_CACHE", str(tmp_path / "cache"))
-    for name in ("clip.safetensors", "sam.safetensors", "t5.safetensors"):
+    for name in WEIGHTS:
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(studies, "checkpoint_path", lambda checkpoint: tmp_path / checkpoint.file)
     return tmp_path
@@ -66,7 +68,7 @@ def test_every_setting_has_a_folder_of_its_own(weights):
     assert RUN.folder.parent == weights / "cache" / "train" / "pcnet-studies" and not RUN.folder.exists()
 
 
-@pytest.mark.parametrize("part", ["clip.safetensors", "sam.safetensors", "t5.safetensors"])
+@pytest.mark.parametrize("part", WEIGHTS)
 def test_other_weights_make_another_folder(weights, part):
     before = RUN.folder
     (weights / part).write_text("trained anew")
@@ -80,9 +82,15 @@ def test_other_code_or_measurements_make_another_folder(monkeypatch, name, value
     assert RUN.folder != before
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "questions", "backbones/clip", "methods/pcnet/loss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train.py", "evaluate.py", "questions.py", "backbones/clip.py", "methods/pcnet/loss.py"),
+        *("methods/pcnet/prompt.txt", "methods/ppt/vision.py", "data/toyworld/grammar.py"),
+    ],
+)
 def test_code_that_a_figure_depends_on(name):
-    assert sha256(Path(questions.__file__).parent / f"{name}.py") in studies.CODE
+    assert sha256(PACKAGE / name) in studies.CODE
 
 
 def test_what_is_measured_does_not_move_a_run():

@@ -202,7 +202,7 @@ def checkpoint_path(checkpoint: Checkpoint) -> Path:
     Raises:
         WrisError: it is not there.
     """
-    path = _place(checkpoint)
+    path = place_of(checkpoint)
     if not path.is_file():
         mend = f"fetch it with `{FETCH}`" if checkpoint.urls else REINSTALL
         raise WrisError(f"{path} is missing; {mend}.")
@@ -232,7 +232,7 @@ def expected_sha256(checkpoint: Checkpoint) -> str:
         return expected
     if checkpoint.urls:
         raise WrisError(
-            f"{_place(checkpoint)} has not been compared with its source yet; run `{FETCH}`, which does that without"
+            f"{place_of(checkpoint)} has not been compared with its source yet; run `{FETCH}`, which does that without"
             " fetching it again and records its hash."
         )
     raise WrisError(f"{WEIGHTS / 'SHA256SUMS'} has no line for {checkpoint.file}; {REINSTALL}.")
@@ -260,12 +260,13 @@ def fetch_checkpoint(checkpoint: Checkpoint) -> None:
         WrisError: no source worked; the cache is read-only or full. What has arrived is kept.
     """
     expected = _known_sha256(checkpoint)
-    fetch_file(checkpoint, _place(checkpoint), expected, FETCH)
+    fetch_file(checkpoint, place_of(checkpoint), expected, FETCH)
     if not expected:
-        record_sha256(_place(checkpoint))
+        record_sha256(place_of(checkpoint))
 
 
-def _place(checkpoint: Checkpoint) -> Path:
+def place_of(checkpoint: Checkpoint) -> Path:
+    """Where the file lies, or will: in the package, or in the cache when it has to be fetched."""
     return cache_dir() / "paper" / checkpoint.file if checkpoint.urls else WEIGHTS / checkpoint.file
 
 
@@ -277,12 +278,12 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 
 def _known_sha256(checkpoint: Checkpoint) -> str | None:
-    path = _place(checkpoint)
+    path = place_of(checkpoint)
     return checkpoint.sha256 or _recorded(path.parent).get(path.name)
 
 
 def _status(checkpoint: Checkpoint) -> str:
-    path = _place(checkpoint)
+    path = place_of(checkpoint)
     if path.is_file():
         expected = _known_sha256(checkpoint)
         if not expected:

@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import torch
 
-from wris_lib.backbones.checkpoints import Checkpoint, get_stack
+from wris_lib.backbones.checkpoints import Checkpoint, expected_sha256, get_stack
 from wris_lib.backbones.loading import load_weights
 from wris_lib.data.toyworld import wording
 from wris_lib.errors import WrisError
@@ -27,8 +28,11 @@ LINE, PAD, END, UNKNOWN = "<line>", "<pad>", "</s>", "<unk>"
 class Llm(Protocol):
     """Something that answers.
 
+    Its answers are kept by its name, or, where it has one, by its `identity`: a text that also changes with what the
+    name does not say, such as new weights.
+
     Attributes:
-        name: under which its answers are kept.
+        name: for people.
         follows_instructions: False: it was trained for one task, and reads the bare question.
     """
 
@@ -47,10 +51,11 @@ class LocalLlm:
     """A model of transformers on this machine, sequence to sequence (T5) or causal (chat models), decoded greedily.
 
     Args:
-        name: under which its answers are kept.
+        name: for people.
         model: it.
         tokenizer: its.
         follows_instructions: see `Llm`.
+        identity: see `Llm`; None: the name.
     """
 
     def __init__(
@@ -59,8 +64,10 @@ class LocalLlm:
         model: "transformers.PreTrainedModel",
         tokenizer: "transformers.PreTrainedTokenizerBase",
         follows_instructions: bool = True,
+        identity: str | None = None,
     ) -> None:
         self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
+        self.identity = identity or name
         self.follows_instructions = follows_instructions
         self.causal = not model.config.is_encoder_decoder
         tokenizer.padding_side = "left" if self.causal else "right"  # a causal model goes on where the prompt ends
@@ -115,6 +122,7 @@ def local_llm(name: str) -> LocalLlm:
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.utils import cached_file
 
     if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 27):
         raise WrisError(
@@ -127,12 +135,19 @@ def local_llm(name: str) -> LocalLlm:
         # Weights in the old format are pickles, which can execute anything.
         model = kind.from_pretrained(name, local_files_only=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
     except (OSError, ValueError, ImportError) as error:
         raise WrisError(
             f"the language model {name} cannot be loaded from this machine; get it with `huggingface-cli download"
             f" {name}`, or name a folder with its config.json, tokenizer and safetensors."
         ) from error
-    return LocalLlm(name, model, tokenizer)
+    return LocalLlm(name, model, tokenizer, identity=f"{name} {_state(folder)}")
+
+
+def _state(folder: Path) -> str:
+    """Names, sizes and times of a folder's files: gigabytes of weights take too long to hash at every start."""
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return " ".join(f"{name} {about.st_size} {about.st_mtime_ns}" for name, about in files)
 
 
 def _load_toy(checkpoint: Checkpoint) -> LocalLlm:
@@ -143,7 +158,8 @@ def _load_toy(checkpoint: Checkpoint) -> LocalLlm:
     """
     model = build_toy_t5()
     load_weights(model, checkpoint)
-    return LocalLlm(checkpoint.file, model, toy_tokenizer(), follows_instructions=False)
+    identity = f"{checkpoint.file} {expected_sha256(checkpoint)}"
+    return LocalLlm(checkpoint.file, model, toy_tokenizer(), follows_instructions=False, identity=identity)
 
 
 def build_toy_t5() -> "transformers.T5ForConditionalGeneration":

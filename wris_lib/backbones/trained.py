@@ -75,13 +75,14 @@ def load_trained(path: Path, method: str, clip: Clip, build: Callable[[dict[str,
     return model
 
 
-def find_trained(stack: Stack, part: str, train: str) -> Path:
+def find_trained(stack: Stack, part: str, train: str, more: str = "") -> Path:
     """The stack's file for a method, with its hash verified.
 
     Args:
         stack: that is asked.
         part: of it.
         train: the command that makes such a file.
+        more: what it needs besides on the paper stack, such as " --objects FOLDER".
 
     Raises:
         WrisError: the stack has none; the file is missing or damaged.
@@ -90,7 +91,7 @@ def find_trained(stack: Stack, part: str, train: str) -> Path:
     if checkpoint is None:
         raise WrisError(
             f"no trained {part} comes with the {stack.name} stack; train one with `{train} --stack {stack.name} --data"
-            " refcoco:train`."
+            f" refcoco:train{more}`."
         )
     path = checkpoint_path(checkpoint)
     verify(path, expected_sha256(checkpoint))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from wris_lib.backbones.checkpoints import get_stack
+from wris_lib.backbones.checkpoints import Checkpoint, Stack, get_stack, place_of
 from wris_lib.data.images import check_expression, load_image
 from wris_lib.errors import WrisError
 
@@ -127,12 +127,20 @@ def get_method(name: str) -> type[Method]:
 
 
 @lru_cache(maxsize=2)  # a notebook that segments in every cell loads the models once
-def _load(cls: type[Method], stack: str, options: tuple[tuple[str, Hashable], ...]) -> Method:
+def _load(cls: type[Method], stack: str, options: tuple[tuple[str, Hashable], ...], written: tuple[int, ...]) -> Method:
+    """`written` only tells apart what was trained again."""
     return cls.load(stack, **dict(options))
 
 
+def _written(cls: type[Method], stack: Stack, weights: str | None) -> tuple[int, ...]:
+    """When the files of its weights were written: after another training a method is loaded anew."""
+    parts = [part for name in cls.parts if isinstance(part := getattr(stack, name), Checkpoint)]
+    files = [*map(place_of, parts), *([Path(weights)] if weights else [])]
+    return tuple(file.stat().st_mtime_ns for file in files if file.exists())
+
+
 def load_method(name: str, stack: str | None = None, **options: Hashable | list) -> Method:
-    """A method, ready to predict. The two used last are kept in memory.
+    """A method, ready to predict. The two used last are kept in memory, until their weights are written anew.
 
     Args:
         name: key of `METHODS`.
@@ -147,7 +155,8 @@ def load_method(name: str, stack: str | None = None, **options: Hashable | list)
     if unknown := [option for option in options if option not in known]:
         raise WrisError(f"{name} has no option {unknown[0]!r}; it has: {', '.join(known) or 'none'}.")
     hashable = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
-    return _load(cls, get_stack(stack).name, tuple(sorted(hashable.items())))
+    models = get_stack(stack)
+    return _load(cls, models.name, tuple(sorted(hashable.items())), _written(cls, models, options.get("weights")))
 
 
 def segment(

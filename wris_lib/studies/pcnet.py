@@ -12,11 +12,10 @@ from typing import Any
 from PIL import Image
 
 from wris_lib import data, evaluate, questions
-from wris_lib import train as loop
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.clip import load_clip
 from wris_lib.backbones.feature_store import open_features
-from wris_lib.backbones.features import CLIP_CODE, SAM_CODE, image_files, sam_embeddings
+from wris_lib.backbones.features import image_files, sam_embeddings
 from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.llm import load_llm
 from wris_lib.backbones.sam import SamImage, load_sam
@@ -30,6 +29,7 @@ from wris_lib.methods.pcnet.run import configure, load_data, train
 from wris_lib.methods.pcnet.training import Training
 from wris_lib.methods.pcnet.vision import see_all
 from wris_lib.report import RESULTS
+from wris_lib.sources import sources
 from wris_lib.studies.common import LIMIT, SEEDS, do_all, over_seeds, write
 
 LONG, SHORT = "toyrefg:val", "toyref:val"
@@ -52,8 +52,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "IaD of peaks": ({}, NO_RAS | {"as_written": True}),
     "weights of 1": ({}, {"region_shrinking": PAPERS_WEIGHT, "disambiguation": PAPERS_WEIGHT}),
 }
-_ELSEWHERE = (*CLIP_CODE, *SAM_CODE, questions.__file__, evaluate.__file__, loop.__file__)
-CODE = [sha256(path) for path in sorted({*Path(pcnet.__file__).parent.glob("*.py"), *map(Path, _ELSEWHERE)})]
+CODE = [sha256(path) for path in sources(pcnet.__file__, pcnet.run.__file__, questions.__file__)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Run:
     def folder(self) -> Path:
         """Named after all that the run depends on."""
         stack = get_stack("toy")
-        weights = [sha256(checkpoint_path(part)) for part in (stack.clip, stack.sam, stack.llm)]
+        weights = [sha256(checkpoint_path(part)) for part in (stack.clip, stack.sam, stack.llm, stack.parser)]
         about = [asdict(self.config), asdict(self.training), weights, CODE, LIMIT]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
         return cache_dir() / "train" / "pcnet-studies" / f"{self.training.seed}-{digest}"

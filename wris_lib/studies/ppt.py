@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from wris_lib import benchmark, data, evaluate, questions
-from wris_lib import train as loop
 from wris_lib.ablation_figure import FULL
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.clip import load_clip
@@ -34,15 +33,16 @@ from wris_lib.files import cache_dir, sha256, write_json
 from wris_lib.methods import ppt
 from wris_lib.methods.clip_sam import ClipSam
 from wris_lib.methods.ppt import Ppt, datasets, pseudo
-from wris_lib.methods.ppt.config import GeneratorConfig
+from wris_lib.methods.ppt.config import GeneratorConfig, configure
 from wris_lib.methods.ppt.curriculum import CURRICULA, Training, mask_ious, train
 from wris_lib.methods.ppt.labels import UNKNOWN, shrink
 from wris_lib.methods.ppt.loss import LossWeights
 from wris_lib.methods.ppt.model import PointGenerator
-from wris_lib.methods.ppt.run import TOY_DATA, configure, load_data
+from wris_lib.methods.ppt.run import TOY_DATA, load_data
 from wris_lib.methods.ppt.training import H_SEM, Batches, TrainingData, start, training_loss
 from wris_lib.methods.ppt.vision import visual_encoder
 from wris_lib.report import RESULTS
+from wris_lib.sources import sources
 from wris_lib.studies.common import LIMIT, SEEDS, do_all, join, row, write
 from wris_lib.train import move
 
@@ -76,8 +76,7 @@ STUDIED = {
 
 
 # As it was when this process began: two processes that share the work must agree.
-_ELSEWHERE = (*datasets.CODE, questions.__file__, evaluate.__file__, loop.__file__)
-CODE = [sha256(path) for path in sorted({*Path(ppt.__file__).parent.glob("*.py"), *map(Path, _ELSEWHERE)})]
+CODE = [sha256(path) for path in sources(ppt.__file__, ppt.run.__file__, questions.__file__)]
 
 
 @dataclass(frozen=True)

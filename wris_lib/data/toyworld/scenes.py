@@ -70,10 +70,6 @@ class Scene:
         """What is seen of object `index`."""
         return self.labels // PARTS_PER_OBJECT == index + 1
 
-    def part_mask(self, index: int, part: str) -> Bool[np.ndarray, "h w"]:
-        """What is seen of one part of object `index`."""
-        return self.labels == self.label(index, part)
-
     def label(self, index: int, part: str) -> int:
         """The value in `labels` of one part of object `index`."""
         return PARTS_PER_OBJECT * (index + 1) + self.objects[index].drawing.parts.index(part)

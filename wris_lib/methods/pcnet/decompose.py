@@ -4,7 +4,8 @@
 
 A language model is asked with a prompt of four parts: instruction, rules, examples, question (`prompt.txt`). Its answer
 is read strictly. A malformed one is asked for once more, and after that replaced by noun phrases from the parser, which
-is counted. Answers are kept on disk as they come, by model and prompt: nothing is asked twice.
+is counted. Answers are kept on disk as they come, by model and prompt: nothing is asked twice. (A power cut may cost
+the file: to wait for the disk takes as long as the toy model takes to answer.)
 
 Source: Yang et al., "Boosting Weakly Supervised Referring Image Segmentation via Progressive Comprehension", NeurIPS
 2024, §3.1. The paper asks Mistral-7B for K = 5 cues.
@@ -110,24 +111,27 @@ def remembered(llm: Llm, prompts: Sequence[str], path: Path | None = None) -> It
     Raises:
         WrisError: the model does not answer, or answers cannot be kept.
     """
+    if not prompts:
+        return
     path = path or cache_dir() / "cues" / "answers.sqlite"
     path.parent.mkdir(parents=True, exist_ok=True)
-    keys = [hashlib.sha256(f"{llm.name}\n{prompt}".encode()).hexdigest() for prompt in prompts]
+    model = getattr(llm, "identity", llm.name)
+    keys = [hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest() for prompt in prompts]
     try:
         with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as kept:
             kept.execute("PRAGMA journal_mode=WAL")
+            kept.execute("PRAGMA synchronous=OFF")  # what is written outlives the process all the same
             kept.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
-            find = "SELECT answer FROM answers WHERE key = ?"
-            lacking = {
-                key: prompt
-                for key, prompt in zip(keys, prompts, strict=True)
-                if not kept.execute(find, [key]).fetchone()
-            }
+            find = "SELECT key, answer FROM answers WHERE key = ?"
+            known = dict(row for key in keys for row in kept.execute(find, [key]))
+            lacking = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
             fresh = zip(lacking, llm.answer(list(lacking.values())), strict=True)
             for key in keys:
-                while not (row := kept.execute(find, [key]).fetchone()):
-                    kept.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", next(fresh))
-                yield row[0]
+                while key not in known:
+                    row = next(fresh)
+                    kept.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
+                    known |= [row]
+                yield known[key]
     except sqlite3.Error as error:
         raise WrisError(
             f"{path} cannot be used: {error}; make room on the disk, or delete the file, and what is needed is asked"

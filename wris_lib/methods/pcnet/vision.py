@@ -12,8 +12,8 @@ from tqdm.auto import trange
 
 from wris_lib.backbones.clip import Clip
 from wris_lib.backbones.feature_store import Rows, open_features
+from wris_lib.methods.ppt.config import configure
 from wris_lib.methods.ppt.layers import visual_tokens
-from wris_lib.methods.ppt.run import configure
 from wris_lib.methods.ppt.vision import visual_encoder, visual_features
 
 SURGERY = "surgery"

@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
+from wris_lib.backbones.clip import Clip
 from wris_lib.errors import WrisError
 
 
@@ -62,6 +65,24 @@ class GeneratorConfig:
                 f"widths must be multiples of their heads: {self.width} of {self.heads},"
                 f" {self.fusion_width} of {self.fusion_heads}."
             )
+
+
+def configure(clip: Clip, **sizes: int | bool) -> GeneratorConfig:
+    """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's.
+
+    It sees images at least twice as large as those that CLIP was trained with (see `vision`).
+
+    Args:
+        clip: to be read.
+        sizes: of `GeneratorConfig`, where others are wanted than its own.
+    """
+    stages = (*clip.stages[:2], "surgery")
+    probe = torch.zeros(1, 3, clip.native_size, clip.native_size, device=clip.device)
+    with torch.no_grad():
+        channels = tuple(features.shape[1] for features in clip.patch_features(probe, stages))
+        words = clip.word_features(["a"])[0].shape[-1]
+    zoom = math.ceil(2 * clip.native_size / clip.dense_size)
+    return GeneratorConfig(stages, channels, words, **{"zoom": zoom} | sizes)
 
 
 # The paper counts 20.7 million trainable parameters; these are 20.5. It gives N, and d = 64 and 8 heads of the fusion.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shlex
 from dataclasses import replace
 from datetime import date
@@ -18,7 +17,7 @@ from wris_lib.data import load_training, toyworld
 from wris_lib.data.objects import ObjectImages
 from wris_lib.errors import WrisError
 from wris_lib.files import atomic_write, write_json
-from wris_lib.methods.ppt.config import GeneratorConfig
+from wris_lib.methods.ppt.config import GeneratorConfig, configure
 from wris_lib.methods.ppt.curriculum import CURRICULA, Done, Training, train
 from wris_lib.methods.ppt.datasets import training_data
 from wris_lib.methods.ppt.model import PointGenerator
@@ -26,24 +25,6 @@ from wris_lib.methods.ppt.training import DATASETS, TrainingData, start
 from wris_lib.methods.ppt.weights import save_generator
 
 TOY_DATA = "toyref:train"
-
-
-def configure(clip: Clip, **sizes: int | bool) -> GeneratorConfig:
-    """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's.
-
-    It sees images at least twice as large as those that CLIP was trained with (see `vision`).
-
-    Args:
-        clip: to be read.
-        sizes: of `GeneratorConfig`, where others are wanted than its own.
-    """
-    stages = (*clip.stages[:2], "surgery")
-    probe = torch.zeros(1, 3, clip.native_size, clip.native_size, device=clip.device)
-    with torch.no_grad():
-        channels = tuple(features.shape[1] for features in clip.patch_features(probe, stages))
-        words = clip.word_features(["a"])[0].shape[-1]
-    zoom = math.ceil(2 * clip.native_size / clip.dense_size)
-    return GeneratorConfig(stages, channels, words, **{"zoom": zoom} | sizes)
 
 
 def load_data(stack: str, clip: Clip, data: str = TOY_DATA, objects: Path | None = None) -> TrainingData:

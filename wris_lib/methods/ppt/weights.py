@@ -1,66 +1,29 @@
-"""A trained generator as a file: safetensors, with what it was built and trained for written beside the tensors."""
+"""A trained generator as a file, see `backbones.trained`."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
-from wris_lib.backbones.checkpoints import Stack, checkpoint_path, expected_sha256, verify
+from wris_lib.backbones.checkpoints import Stack
 from wris_lib.backbones.clip import Clip
-from wris_lib.backbones.features import fingerprint
-from wris_lib.errors import WrisError
-from wris_lib.files import atomic_write
+from wris_lib.backbones.trained import find_trained, load_trained, save_trained
 from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.model import PointGenerator
 
-FORMAT = "wris-ppt-1"
 TRAIN = "python -m wris_lib train ppt"
 
 
 def save_generator(generator: PointGenerator, clip: Clip, path: Path) -> None:
     """Write a generator in half precision."""
-    about = {"format": FORMAT, "config": asdict(generator.config), "clip": _identity(clip)}
-    state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in generator.state_dict().items()}
-    with atomic_write(path) as file:
-        file.write(save(state, {"ppt": json.dumps(about)}))  # one entry: several would be written in random order
+    save_trained(generator, "ppt", clip, path)
 
 
 def load_generator(path: Path, clip: Clip) -> PointGenerator:
     """Read a generator that was trained on what this CLIP sees.
 
     Raises:
-        WrisError: there is no such file; it is damaged, of another format, or was trained with another CLIP.
+        WrisError: there is no such file; it is damaged, of another format or method, or was trained with another CLIP.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WrisError(f"there is no generator at {path}; `{TRAIN}` makes one.")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("ppt", "{}"))
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WrisError(f"{path} is damaged, or no safetensors file; make it anew with `{TRAIN}`.") from error
-    if about.get("format") != FORMAT:
-        raise WrisError(
-            f"{path} has the format {about.get('format')!r}, but this version of the library reads {FORMAT!r}; make it"
-            f" anew with `{TRAIN}`."
-        )
-    if about["clip"] != _identity(clip):
-        raise WrisError(
-            f"{path} was trained on the features of another CLIP than the one at hand, and would point anywhere; train"
-            f" it anew with `{TRAIN}`."
-        )
-    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in about["config"].items()}
-    try:
-        generator = PointGenerator(GeneratorConfig(**sizes))
-        generator.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise WrisError(
-            f"{path} does not hold the generator that it describes; make it anew with `{TRAIN}`."
-        ) from error
-    return generator
+    return load_trained(path, "ppt", clip, _build, TRAIN)
 
 
 def find_weights(stack: Stack) -> Path:
@@ -69,16 +32,9 @@ def find_weights(stack: Stack) -> Path:
     Raises:
         WrisError: the stack has none; the file is missing or damaged.
     """
-    if stack.ppt is None:
-        raise WrisError(
-            f"no generator comes with the {stack.name} stack; train one with `{TRAIN} --stack {stack.name} --data"
-            " refcoco:train --objects FOLDER`."
-        )
-    path = checkpoint_path(stack.ppt)
-    verify(path, expected_sha256(stack.ppt))
-    return path
+    return find_trained(stack, "ppt", TRAIN, " --objects FOLDER")
 
 
-def _identity(clip: Clip) -> str:
-    """Hash of CLIP's weights."""
-    return fingerprint(clip.model, ())["weights"]
+def _build(config: dict[str, Any]) -> PointGenerator:
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    return PointGenerator(GeneratorConfig(**sizes))
