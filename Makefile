@@ -10,13 +10,14 @@ export JUPYTER_CONFIG_PATH := $(CURDIR)/scripts/jupyter$(if $(JUPYTER_CONFIG_PAT
 export MPLCONFIGDIR := $(CURDIR)/.venv/etc/matplotlib
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help lab test test-browser test-students book setup student assignments
+.PHONY: help lab test test-browser test-students test-grading book setup student assignments
 
 help:
 	@echo "make lab            open the course in JupyterLab"
 	@echo "make test           check style, run the unit tests and every notebook"
 	@echo "make test-browser   run every notebook in JupyterLab in a browser, and work its widgets"
 	@echo "make test-students  run the students' copies of the notebooks"
+	@echo "make test-grading   let nbgrader grade right and wrong answers to every exercise"
 	@echo "make setup          only make the environment, in .venv"
 	@echo "make book           build the course as a site, in build/book"
 	@echo "make student        write the notebooks without their solutions, into build/student"
@@ -35,11 +36,16 @@ test: setup
 	$(VENV_PYTHON) -m pytest -p no:nbmake -n auto --maxprocesses 4 --dist loadfile tests
 	$(VENV_PYTHON) -m pytest --nbmake notebooks
 
-student assignments: setup
+student: setup
+assignments: .venv/grading-packages
+student assignments:
 	@$(VENV_PYTHON) scripts/assignments.py $@
 
 test-students: setup
 	$(VENV_PYTHON) -m pytest -n auto --maxprocesses 2 tests/students.py
+
+test-grading: .venv/grading-packages
+	$(VENV_PYTHON) -m pytest tests/grading.py
 
 # The cache holds what was read without a warning, so it must not outlive one that was not mended.
 book: .venv/book-packages
@@ -56,6 +62,11 @@ test-browser: .venv/browser-packages
 .venv/book-packages: docs/requirements.lock | setup
 	@$(VENV_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the site needs Python 3.11 or newer, but .venv has 3.10; run: PYTHON=python3.11 make book")'
 	@$(VENV_PYTHON) -m pip install --quiet --no-deps --no-input --disable-pip-version-check -r docs/requirements.lock
+	@touch $@
+
+.venv/grading-packages: scripts/requirements.lock | setup
+	@$(VENV_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: nbgrader needs Python 3.11 or newer, but .venv has 3.10; run: PYTHON=python3.11 make assignments")'
+	@$(VENV_PYTHON) -m pip install --quiet --no-deps --no-input --disable-pip-version-check -r $<
 	@touch $@
 
 .venv/browser-packages: tests/browser/requirements.lock | setup

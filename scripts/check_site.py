@@ -1,4 +1,5 @@
-"""Check a built site: every link inside it has a target, and no page fetches anything from the network.
+"""Check a built site: every link inside it has a target, every picture a text for those who do not see it, and no page
+fetches anything from the network.
 
 `python scripts/check_site.py FOLDER`; uses the standard library only.
 """
@@ -21,9 +22,12 @@ class Page(HTMLParser):
         super().__init__()
         self.links: list[tuple[str, str]] = []
         self.ids: set[str] = set()
+        self.speechless: list[str] = []  # pictures without a text; where there is none, Sphinx writes the file's name
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img" and dict(attrs).get("alt") in (None, "", dict(attrs).get("src")):
+            self.speechless.append((dict(attrs).get("src") or "")[:80])
         for name, value in attrs:
             if name in ("id", "name") and value:
                 self.ids.add(value)
@@ -40,10 +44,12 @@ def problems(folder: Path) -> list[str]:
         for style in REMOTE_STYLE.finditer(path.read_text(encoding="utf-8"))
     ]
     for path, page in pages.items():
+        name = path.relative_to(folder.resolve())
+        found += [f"{name}: {source} has no alt text" for source in page.speechless]
         for tag, link in page.links:
             reason = wrong(tag, link, path, pages)
             if reason:
-                found.append(f"{path.relative_to(folder.resolve())}: {link} {reason}")
+                found.append(f"{name}: {link} {reason}")
     return found
 
 

@@ -81,6 +81,19 @@ def test_pictures_of_failures_are_those_of_cells():
         assert any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})), cell
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_picture_of_a_notebook_has_an_alt_text(path: Path):
+    """In the form that MyST-NB knows; it is the cell's, so that it outlives a new execution."""
+    texts = []
+    for cell in cells(path):
+        kinds = [kind for output in cell.get("outputs", []) for kind in output.get("data", {})]
+        text = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+        assert bool(text) == any(kind.startswith("image/") for kind in kinds), cell["id"]
+        texts += [text] if text else []
+    assert texts and len(set(texts)) == len(texts)
+    assert all(len(text.split()) >= 5 and text[0].isupper() and text[-1] == "." for text in texts)
+
+
 def test_every_module_is_in_the_reference_once():
     text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     listed = re.findall(r"^\.\. automodule:: (\S+)$", text, re.M)
@@ -121,7 +134,9 @@ def test_a_sound_site_passes(tmp_path, capsys):
     (tmp_path / "a.html").write_text(
         '<a href="b/c%20d.html#x">c</a><a href="#y">y</a><p id="y"><a href="https://e.org">'
     )
-    (tmp_path / "b" / "c d.html").write_text('<p id="x"><a href="../a.html"><img src="data:image/png;base64,AA">')
+    (tmp_path / "b" / "c d.html").write_text(
+        '<p id="x"><a href="../a.html"><img src="data:image/png;base64,AA" alt="A.">'
+    )
     (tmp_path / "s.css").write_text('p { background: url("a.png") }')
     assert CHECKER.main(str(tmp_path)) == 0
     assert capsys.readouterr().err == ""
@@ -131,12 +146,18 @@ def test_a_sound_site_passes(tmp_path, capsys):
     "html, complaint",
     [
         ('<a href="b.html">', "b.html does not exist"),
-        ('<img src="pictures/b.png">', "pictures/b.png does not exist"),
+        ('<img src="pictures/b.png" alt="B.">', "pictures/b.png does not exist"),
         ('<a href="#x">', "#x has no such anchor"),
         ('<a href="a.html#x">', "a.html#x has no such anchor"),
         ('<script src="https://e.org/m.js">', "https://e.org/m.js comes from the network"),
         ('<link rel="stylesheet" href="//e.org/m.css">', "//e.org/m.css comes from the network"),
-        ('<img src="http://e.org/m.png">', "http://e.org/m.png comes from the network"),
+        ('<img src="http://e.org/m.png" alt="M.">', "http://e.org/m.png comes from the network"),
+        ('<img src="data:image/png;base64,AA">', "data:image/png;base64,AA has no alt text"),
+        ('<img src="data:image/png;base64,AA" alt="">', "data:image/png;base64,AA has no alt text"),
+        (
+            '<img src="data:image/png;base64,AA" alt="data:image/png;base64,AA">',
+            "data:image/png;base64,AA has no alt text",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_page_is_said(html: str, complaint: str, tmp_path, capsys):

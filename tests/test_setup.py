@@ -20,7 +20,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PATIENCE = 600  # seconds; only so that nothing hangs for ever on a machine that has much else to do
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-LOCKS = {"docs/requirements.lock": "book", "tests/browser/requirements.lock": "browser"}  # of pyproject.toml's extras
+LOCKS = {  # of pyproject.toml's extras
+    "docs/requirements.lock": "book",
+    "scripts/requirements.lock": "grading",
+    "tests/browser/requirements.lock": "browser",
+}
 PLATFORMS = {
     "linux": {"sys_platform": "linux", "platform_machine": "x86_64", "os_name": "posix"},
     "macos": {"sys_platform": "darwin", "platform_machine": "arm64", "os_name": "posix"},

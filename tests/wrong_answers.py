@@ -43,11 +43,15 @@ class Exercise:
 
     def answer(self, replace: dict[str, str] | None = None) -> Callable:
         """The notebook's solution, with some of its texts replaced."""
+        return self.run(self.changed(replace or {}))[self.name]
+
+    def changed(self, replace: dict[str, str]) -> str:
+        """The source of that."""
         source = self.solution
-        for old, new in (replace or {}).items():
+        for old, new in replace.items():
             assert old in source, f"{old!r} is not in the solution of {self.name}, or no longer"
             source = source.replace(old, new)
-        return self.run(source)[self.name]
+        return source
 
     def judge(self, answer: Any) -> bool:
         """What the check's cell says of an answer; it prints one line."""

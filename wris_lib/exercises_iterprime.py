@@ -1,7 +1,4 @@
-"""Checks for the exercises of the notebook about IteRPrimE, in the form of `wris_lib.exercises`.
-
-Inputs are drawn with a seed, so that a learner who runs a check again meets the same case again.
-"""
+"""Checks for the exercises of the notebook about IteRPrimE, in the form of `wris_lib.exercises`."""
 
 from numbers import Integral
 from typing import Any
@@ -25,7 +22,7 @@ def check_primary_difference(answer: Answer) -> None:
     of C ≥ 1 context pieces. A_dif [heads, C, N] is (A_m − A_c) / ‖A_m − A_c‖. The norm goes over the C tokens: it is
     the root of their sum of squares, one for each head and patch. Where it is 0, divide by 1e-8.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng()
     cases = []
     for heads, count, patches in ((2, 3, 12), (3, 5, 16), (4, 2, 9)):
         primary, context = _attention(rng, heads, patches), _attention(rng, heads, count, patches)
@@ -100,7 +97,7 @@ def check_next_pass(answer: Answer) -> None:
     which patches this look could see. The new average is λE + (1 − λ)H with λ = `decay`. Of the visible patches those
     stay visible where σ(H) is less than `threshold`; σ(x) = s(x) / max s(x) with s(x) = sigmoid(20 (x − 0.5)).
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng()
     levels, everything = np.linspace(0, 1, 24), np.ones(24, bool)
     weak = "the largest s may be far below 1; σ divides by it, so that the strongest patch is always hidden"
     strict = "σ is 1 at the strongest patch, and 1 is not less than 1"
@@ -115,11 +112,21 @@ def check_next_pass(answer: Answer) -> None:
         ("a decay of 1", 1.0, None, 1.0, 0.2, "with λ = 1 the old average is all"),
     ]
     for name, height, visible, decay, threshold, hint in cases:
-        case, response = f"for {name} with {decay=:g} and {threshold=:g}", height * rng.permutation(levels)
-        if visible is None:  # the strongest is among the visible ones, or θ = 0.5 might hide nothing
-            visible = (rng.permutation(24) < 12) | (response == height)
-        given = rng.random(24), response, visible, decay, threshold
+        case, draws = f"for {name} with {decay=:g} and {threshold=:g}", []
+        for _ in range(20):  # of which the one is taken that tells most mistakes apart
+            average, response = rng.random(24), height * rng.permutation(levels)
+            # Where half is visible, the strongest is, too, or θ = 0.5 might hide nothing.
+            seen = (rng.permutation(24) < 12) | (response == height) if visible is None else visible
+            draws.append((average, response, seen, decay, threshold))
+        given = max(draws, key=_different_mistakes)
         _check_pass(call(answer, case, *given, hint=hint), case, *given, hint)
+
+
+def _different_mistakes(given: tuple[np.ndarray, np.ndarray, np.ndarray, float, float]) -> int:
+    """How many different masks the mistakes lead to for arguments of `next_pass`."""
+    average, response, visible, decay, threshold = given
+    mistakes = _mask_mistakes(response, visible, threshold, decay * average + (1 - decay) * response)
+    return len({mask.tobytes() for _, mask in mistakes})
 
 
 def _check_pass(
@@ -208,7 +215,7 @@ def check_choose(answer: Answer) -> None:
     pixel where H is as large as anywhere; if there is none, all count. The answer is the number, from 0, of that with
     the largest score Σ(B + B·H) / ΣB.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng()
     for case, response, masks, hint in (*_scenes(), *(_random_scene(rng) for _ in range(20))):
         got, expected = _number(answer, case, response, masks, hint), _chosen(response, masks)
         if got != expected:
@@ -272,7 +279,8 @@ def _scenes() -> list[tuple[str, np.ndarray, np.ndarray, str]]:
 def _random_scene(rng: np.random.Generator) -> tuple[str, np.ndarray, np.ndarray, str]:
     """As `_scenes`; the best of the masks is better than the next by more than rounding."""
     while True:
-        response, masks = rng.random((24, 24)), np.stack([random_box(rng) for _ in range(rng.integers(2, 8))])
+        response = rng.permutation(24 * 24).reshape(24, 24) / (24 * 24 - 1)  # no two are nearly equal
+        masks = np.stack([random_box(rng) for _ in range(rng.integers(2, 8))])
         scores = _scores(response, masks)
         best = sorted(scores[number] for number in _with_peak(response, masks) or range(len(masks)))
         if len(best) == 1 or best[-1] - best[-2] > 1e-3:

@@ -14,7 +14,8 @@ def prepare(app: Sphinx, docname: str, content: list[str]) -> None:
         content[0] = fold(content[0])
     elif docname.startswith("results/"):
         name = docname.removeprefix("results/")
-        picture = f"![]({name}.png)\n\n" if Path(app.srcdir, f"{docname}.png").exists() else ""
+        alt = f"Chart of the table below: {name}."
+        picture = f"![{alt}]({name}.png)\n\n" if Path(app.srcdir, f"{docname}.png").exists() else ""
         content[0] = f"# Results: {name}\n\n{picture}{content[0]}"  # by themselves they are bare tables
     elif docname == "README":
         content[0] = content[0].replace("](results)", "](docs/results.md)")  # a folder is no page

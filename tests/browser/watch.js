@@ -95,10 +95,10 @@
     // What is written in its fields.
     fields: (index) => [...area(index).querySelectorAll(".widget-text input")].map((field) => field.value),
 
-    // Pixels that one would have to scroll sideways to see all of a cell's output.
+    // Pixels that one would have to scroll sideways to see all of a cell, its code or what came of it.
     overflow: (index) =>
       Math.max(
-        ...[area(index), ...area(index).querySelectorAll("*")]
+        ...[cells()[index].node, ...cells()[index].node.querySelectorAll("*")]
           .filter((element) => ["auto", "scroll"].includes(getComputedStyle(element).overflowX))
           .map((element) => element.scrollWidth - element.clientWidth),
         0,
