@@ -16,11 +16,11 @@ def read(name: str) -> dict:
 def test_the_table_of_methods():
     results = read("benchmark")
     miou = {row["name"]: row["metrics"]["mIoU"] for row in results["rows"] if row["data"] == SPLIT}
-    lines = re.findall(r"^\| [^|]* \(`([^`|]+)`\) \|[^|]*\|[^|]*\| ([\d.]+) ± ([\d.]+) \| (\d+) \|", README, re.M)
+    lines = re.findall(r"^\| [^|]* \(`([^`|]+)`\) \|[^|]*\|[^|]*\| ([\d.]+) ± ([\d.]+) \| (\d+) \| (\d+) \|", README, re.M)
     assert len(lines) == 8
-    for name, mean, std, milliseconds in lines:
+    for name, mean, std, *milliseconds in lines:
         assert (mean, std) == (f"{miou[name]['mean']:.1f}", f"{miou[name]['std']:.1f}"), name
-        assert milliseconds == f"{results['costs'][name]['milliseconds']:.0f}", name
+        assert milliseconds == [f"{results['costs'][name][when]:.0f}" for when in ("milliseconds", "again")], name
     assert f"true box reaches {miou['sam box']['mean']:.1f}." in README
 
 
