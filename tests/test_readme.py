@@ -16,7 +16,8 @@ def read(name: str) -> dict:
 def test_the_table_of_methods():
     results = read("benchmark")
     miou = {row["name"]: row["metrics"]["mIoU"] for row in results["rows"] if row["data"] == SPLIT}
-    lines = re.findall(r"^\| [^|]* \(`([^`|]+)`\) \|[^|]*\|[^|]*\| ([\d.]+) ± ([\d.]+) \| (\d+) \| (\d+) \|", README, re.M)
+    line = r"^\| [^|]* \(`([^`|]+)`\) \|[^|]*\|[^|]*\| ([\d.]+) ± ([\d.]+) \| (\d+) \| (\d+) \|"
+    lines = re.findall(line, README, re.MULTILINE)
     assert len(lines) == 8
     for name, mean, std, *milliseconds in lines:
         assert (mean, std) == (f"{miou[name]['mean']:.1f}", f"{miou[name]['std']:.1f}"), name
