@@ -55,7 +55,8 @@ def pictures(notebook: Path, cell_id: str) -> list[str]:
     return [f"data:{kind};base64,{''.join(encoded).replace(chr(10), '')}" for kind, encoded in data]
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: Sphinx) -> dict[str, int]:
     app.connect("source-read", prepare)
     app.add_directive("pictures", Pictures)
-    return {"parallel_read_safe": True}
+    # Raise the version when this module makes something else of a page: pages in the cache are then made anew.
+    return {"parallel_read_safe": True, "env_version": 2}
