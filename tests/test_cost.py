@@ -39,6 +39,12 @@ def test_warm_milliseconds_an_expression(pairs):
     assert found["parameters"] == 0 and found["supervision"] == "none" and found["threads"] >= 1
 
 
+@pytest.mark.parametrize("images", [1, 3, 4])
+def test_of_few_images_the_last_is_timed(pairs, images):
+    found = cost.ask(BRIGHT, pairs[:images], "toy")
+    assert found["images"] == 1 and found["milliseconds"] >= 20
+
+
 def test_a_second_question_about_an_image_is_timed_apart(pairs, monkeypatch):
     predict, seen = Fake.predict, set()
 

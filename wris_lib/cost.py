@@ -77,7 +77,8 @@ def ask(row: Contestant, pairs: Sequence[tuple[EvaluationItem, EvaluationItem]],
     parameters = _parameters(row, stack)  # looks into the cache, too
     with tempfile.TemporaryDirectory() as empty:
         os.environ["WRIS_CACHE"] = empty  # proposals and answers of language models would come from there
-        seconds = np.array([[_seconds(predict, item) for item in pair] for pair in pairs][WARM_UP:])
+        seconds = np.array([[_seconds(predict, item) for item in pair] for pair in pairs])
+        seconds = seconds[min(WARM_UP, len(pairs) - 1) :]  # a split may have very few images
     low, median, high = np.percentile(seconds[:, 0], [25, 50, 75]) * 1000
     return {
         "milliseconds": round(float(median), 1),
