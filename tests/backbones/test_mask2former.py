@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
 from wris_lib.backbones.checkpoints import STACKS
-from wris_lib.backbones.mask2former import THRESHOLD, load_mask2former, mask2former_proposer, masks
+from wris_lib.backbones.mask2former import SIZE, THRESHOLD, load_mask2former, mask2former_proposer, masks
 from wris_lib.backbones.proposals import load_proposer
 from wris_lib.errors import WrisError
 from wris_lib.methods import load_method
@@ -58,7 +58,9 @@ def processor() -> Mask2FormerImageProcessor:
 
 @pytest.fixture
 def stack(model, processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The paper stack has the tiny one, in a folder."""
+    """The paper stack has the tiny one, in a folder, and shows it small pictures."""
+    for edge, pixels in SMALL.items():
+        monkeypatch.setitem(SIZE, edge, pixels)
     folder = tmp_path / "mask2former"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -116,7 +118,7 @@ def test_it_is_found_as_transformers_saves_it(stack, model, processor, pickled, 
         model.save_pretrained(stack, safe_serialization=False)
         (stack / "model.safetensors").unlink()
     found = load_mask2former("paper", "cpu")(picture(90, 60))
-    assert np.array_equal(found, masks(model, processor, picture(90, 60), {"shortest_edge": 800, "longest_edge": 1333}))
+    assert np.array_equal(found, masks(model, processor, picture(90, 60), SMALL))
 
 
 def test_a_hostile_pickle_is_not_executed(stack, tmp_path):
