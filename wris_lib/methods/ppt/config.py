@@ -77,7 +77,7 @@ def configure(clip: Clip, **sizes: int | bool) -> GeneratorConfig:
         sizes: of `GeneratorConfig`, where others are wanted than its own.
     """
     stages = (*clip.stages[:2], "surgery")
-    probe = torch.zeros(1, 3, clip.native_size, clip.native_size, device=clip.device)
+    probe = torch.zeros(1, 3, clip.patch_size, clip.patch_size, device=clip.device)  # one patch shows all widths
     with torch.no_grad():
         channels = tuple(features.shape[1] for features in clip.patch_features(probe, stages))
         words = clip.word_features(["a"])[0].shape[-1]
