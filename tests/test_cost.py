@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -45,28 +46,37 @@ def test_of_few_images_the_last_is_timed(pairs, images):
     assert found["images"] == 1 and found["milliseconds"] >= 20
 
 
-def test_a_second_question_about_an_image_is_timed_apart(pairs, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """Time stands still but for what is added to `now`."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_a_second_question_about_an_image_is_timed_apart(pairs, clock, monkeypatch):
     predict, seen = Fake.predict, set()
 
     def slow_with_new_images(self, image, expressions):
-        monkeypatch.setattr(Fake, "pause", 0.0 if image.tobytes() in seen else 0.05)
+        clock.now += 0.25 if image.tobytes() in seen else 2
         seen.add(image.tobytes())
         return predict(self, image, expressions)
 
     monkeypatch.setattr(Fake, "predict", slow_with_new_images)
     found = cost.ask(BRIGHT, pairs, "toy")
-    assert 0 < found["again"] < 50 <= found["milliseconds"]
+    assert (found["milliseconds"], found["again"], found["quartiles"]) == (2000, 250, [2000, 2000])
 
 
-def test_the_first_images_only_warm_up(pairs, monkeypatch):
+def test_the_first_images_only_warm_up(pairs, clock, monkeypatch):
     predict = Fake.predict
 
     def slow_at_first(self, image, expressions):
-        monkeypatch.setattr(Fake, "pause", 0.2 if Fake.calls < 2 * cost.WARM_UP else 0.0)
+        clock.now += 8 if Fake.calls < 2 * cost.WARM_UP else 0.5
         return predict(self, image, expressions)
 
     monkeypatch.setattr(Fake, "predict", slow_at_first)
-    assert cost.ask(BRIGHT, pairs, "toy")["milliseconds"] < 200
+    found = cost.ask(BRIGHT, pairs, "toy")
+    assert (found["milliseconds"], found["again"], found["quartiles"]) == (500, 500, [500, 500])
 
 
 def test_nothing_comes_from_the_cache(pairs, monkeypatch, tmp_path):
