@@ -20,7 +20,7 @@ from wris_lib.backbones.features import fingerprint
 from wris_lib.backbones.proposals import Proposer
 from wris_lib.errors import WrisError
 
-SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # pixels: as it was tested; transformers' copies squash to 384²
+SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # pixels: detectron2's default; transformers' copies squash to 384²
 THRESHOLD = 0.35  # IteRPrimE's released code: a pixel belongs to a mask from here on
 
 
