@@ -171,14 +171,20 @@ def test_benchmark_needs_something_to_measure_and_to_measure_on(capsys):
     assert "add --data and a split, such as toyref:val" in capsys.readouterr().err
 
 
-STUDIES = ("ablation", "study", "pseudo_labels", "cache_speed")
+STUDIES = {
+    "ablation": "wris_lib.studies.ppt.ablation",
+    "study": "wris_lib.studies.ppt.study",
+    "pseudo_labels": "wris_lib.studies.ppt.pseudo_labels",
+    "features": "wris_lib.studies.ppt_features.features",
+    "cache_speed": "wris_lib.studies.ppt.cache_speed",
+}
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     """What `train` may call; nothing is trained."""
     monkeypatch.delenv("WRIS_STACK", raising=False)
-    functions = {name: f"wris_lib.studies.ppt.{name}" for name in STUDIES} | {"main": "wris_lib.methods.ppt.run.main"}
+    functions = STUDIES | {"main": "wris_lib.methods.ppt.run.main"}
     recorders = {name: Recorder() for name in functions}
     for name, place in functions.items():
         monkeypatch.setattr(place, recorders[name])
@@ -226,6 +232,7 @@ def test_train_with_a_stack_that_is_not_there(trained: dict[str, Recorder], caps
         (["--ablation", "--steps", "9", "--seed", "0"], {"ablation": (9, (0,))}),
         (["--study", "--seed", "2"], {"study": (None, (2,))}),
         (["--pseudo-labels"], {"pseudo_labels": ()}),
+        (["--features"], {"features": ()}),
         (["--cache-speed"], {"cache_speed": ()}),
     ],
 )

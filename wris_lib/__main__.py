@@ -19,7 +19,13 @@ Weakly-supervised referring image segmentation, to read and to run.
 """
 STACK_HELP = 'models to use: "toy", which come with the course (default), or "paper", see `fetch`'
 REAL_DATA = ("refcoco", "refcoco+", "refcocog")
-STUDIES = {"ablation": ("ppt", "pcnet"), "study": ("ppt",), "pseudo_labels": ("ppt",), "cache_speed": ("ppt",)}
+STUDIES = {  # of which methods, and the function in `wris_lib.studies`
+    "ablation": {"ppt": "ppt:ablation", "pcnet": "pcnet:ablation"},
+    "study": {"ppt": "ppt:study"},
+    "pseudo_labels": {"ppt": "ppt:pseudo_labels"},
+    "features": {"ppt": "ppt_features:features"},
+    "cache_speed": {"ppt": "ppt:cache_speed"},
+}
 SPLITS = "toyobjects:val toyref:val toyref+:val toyrefg:val"
 
 
@@ -102,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     studies.add_argument("--ablation", action="store_true", help="instead: the paper's study of components")
     studies.add_argument("--study", action="store_true", help="instead, ppt: K, M and the loss, one change at a time")
     studies.add_argument("--pseudo-labels", action="store_true", help="instead, ppt: how good the pseudo-labels are")
+    studies.add_argument("--features", action="store_true", help="instead, ppt: what CLIP's features tell of a scene")
     studies.add_argument("--cache-speed", action="store_true", help="instead, ppt: an epoch with and without the cache")
 
     studied = add(study, "redo a paper's studies of a method that needs no training")
@@ -181,7 +188,7 @@ def train(options: argparse.Namespace) -> None:
         unused = ["data", "objects", "folder", "stack", *([] if over_seeds else ["steps", "seed"])]
         if given := [f"--{name}" for name in unused if getattr(options, name) is not None]:
             raise WrisError(f"--{chosen.replace('_', '-')} has settings of its own; leave out {', '.join(given)}.")
-        study = resolve_name(f"wris_lib.studies.{method}:{chosen}")
+        study = resolve_name(f"wris_lib.studies.{STUDIES[chosen][method]}")
         if over_seeds:
             study(options.steps, SEEDS if options.seed is None else (options.seed,))
         else:

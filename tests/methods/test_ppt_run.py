@@ -123,8 +123,9 @@ def test_sizes_are_what_this_clip_gives(clip, tokenizer):
 @pytest.mark.parametrize(("dense_size", "zoom"), [(32, 2), (48, 2), (64, 1), (96, 1), (24, 3)])
 def test_images_are_shown_at_least_twice_as_large_as_clip_knows_them(tokenizer, dense_size, zoom):
     clip = Clip(test_clip.tiny_model(), tokenizer, dense_size=dense_size, device="cpu")
-    assert clip.native_size == 32 and configure(clip).zoom == zoom
-    assert configure(clip, zoom=5).zoom == 5
+    config = configure(clip)
+    assert clip.native_size == 32 and (config.zoom, config.tile) == (zoom, None)
+    assert configure(clip, zoom=5).zoom == 5 and configure(clip, tile=24).tile == 24
 
 
 def test_other_sizes_for_studies(clip):

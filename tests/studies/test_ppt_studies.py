@@ -100,6 +100,7 @@ SIZES = {
     "points": 4,
     "anchored": False,
     "zoom": 3,
+    "tile": 48,
     "fuse_vision": True,
     "fusion_width": 16,
     "fusion_heads": 4,

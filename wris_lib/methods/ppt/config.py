@@ -26,6 +26,7 @@ class GeneratorConfig:
             they are scored they look at what lies under their points. False: the paper's queries, free vectors that
             know of a place only what training put into them.
         zoom: how many times as large as usual CLIP sees the image, see `vision.visual_features`.
+        tile: side in pixels of the pieces in which CLIP sees it; None: the whole image at once.
         fuse_vision: words change what queries see of the image, as in the paper. False: the image changes the words
             only; then expressions of an image share its keys and values, and training is about 3 times as fast.
         fusion_width: channels inside `Fusion`; 64 in the paper.
@@ -45,6 +46,7 @@ class GeneratorConfig:
     points: int = 16
     anchored: bool = True
     zoom: int = 1
+    tile: int | None = None
     fuse_vision: bool = False
     fusion_width: int = 64
     fusion_heads: int = 8
@@ -67,7 +69,7 @@ class GeneratorConfig:
             )
 
 
-def configure(clip: Clip, **sizes: int | bool) -> GeneratorConfig:
+def configure(clip: Clip, **sizes: int | bool | None) -> GeneratorConfig:
     """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's.
 
     It sees images at least twice as large as those that CLIP was trained with (see `vision`).

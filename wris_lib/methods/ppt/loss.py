@@ -102,11 +102,7 @@ def pair_terms(
     """
     # Expressions E, queries K, pseudo-labels Y, predicted points M, drawn points M.
     points, logits = prompts.points[:, :, None], prompts.label_logits[:, :, None]
-    with torch.no_grad():
-        drawn, signs = labels.points[:, None, :, None], labels.point_labels[:, None, :, None]
-        distance = (points[..., None, :] - drawn).abs().sum(-1)
-        mistake = F.softplus(logits)[..., None] - logits[..., None] * signs  # cross-entropy of a 0 or a 1
-        partner = _match_points(weights.points * distance + weights.labels * mistake, labels.present)
+    partner = _match_points(prompts, labels, weights)
     expression, _, label, _ = torch.meshgrid(
         *(torch.arange(size, device=partner.device) for size in partner.shape), indexing="ij"
     )
@@ -238,14 +234,20 @@ def _masks_of(labels: PseudoLabels) -> Float[Tensor, "E Y m m"]:
     return labels.masks
 
 
-def _match_points(costs: Float[Tensor, "E K Y M M"], present: Bool[Tensor, "E Y"]) -> Int[Tensor, "E K Y M"]:
+@torch.no_grad()
+def _match_points(prompts: PointPrompts, labels: PseudoLabels, weights: LossWeights) -> Int[Tensor, "E K Y M"]:
     """For each predicted point of each pair the number of the drawn point that is its partner."""
-    partner = np.tile(np.arange(costs.shape[-1]), (*costs.shape[:3], 1))
-    every = costs.double().cpu().numpy()  # which scipy would make of every single one
-    for e, y in np.argwhere(present.cpu().numpy()):
-        for k in range(costs.shape[1]):
-            partner[e, k, y] = _assign(every[e, k, y])[1]
-    return torch.from_numpy(partner).to(costs.device)
+    e, y = labels.present.nonzero(as_tuple=True)
+    logits = prompts.label_logits.flatten(1)[e, :, None]  # pseudo-label × KM × 1
+    distance = torch.cdist(prompts.points.flatten(1, 2)[e], labels.points[e, y], p=1)
+    mistake = F.softplus(logits) - logits * labels.point_labels[e, y][:, None]  # cross-entropy of a 0 or a 1
+    costs = weights.points * distance + weights.labels * mistake
+    sizes = prompts.label_logits.shape[1:]
+    every = costs.double().cpu().numpy().reshape(-1, *sizes, sizes[1])  # which scipy would make of every single one
+    found = np.array([[_assign(each)[1] for each in queries] for queries in every]).reshape(-1, *sizes)
+    partner = torch.arange(sizes[1], device=e.device).expand(*labels.present.shape, *sizes).clone()  # E Y K M
+    partner[e, y] = torch.from_numpy(found).to(partner)
+    return partner.transpose(1, 2)
 
 
 def _assign(costs: Float[np.ndarray, "k y"]) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]:
