@@ -26,7 +26,8 @@ from wris_lib.report import RESULTS
 from wris_lib.studies.common import write
 
 IMAGES = 600  # every third is asked about, the others are learnt from
-DECAYS = (0.003, 0.01, 0.03)  # of the probe's weights; the one that answers best counts, for every way alike
+# Of the probe's weights. The one that answers best counts, which makes all ways look a little better than they are.
+DECAYS = (0.003, 0.01, 0.03)
 SMALL, LARGE = 0.02, 0.06  # of the image: a quarter of the objects are below, a quarter above
 WAYS = {  # zoom, and whether in tiles as large as the images that CLIP was trained with
     "as large as CLIP is used to": (1, False),
