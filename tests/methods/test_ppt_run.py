@@ -124,7 +124,7 @@ def test_sizes_are_what_this_clip_gives(clip, tokenizer):
 def test_images_are_shown_at_least_twice_as_large_as_clip_knows_them(tokenizer, dense_size, zoom):
     clip = Clip(test_clip.tiny_model(), tokenizer, dense_size=dense_size, device="cpu")
     config = configure(clip)
-    assert clip.native_size == 32 and (config.zoom, config.tile) == (zoom, None)
+    assert clip.native_size == 32 and (config.zoom, config.tile) == (zoom, 32)
     assert configure(clip, zoom=5).zoom == 5 and configure(clip, tile=24).tile == 24
 
 

@@ -512,6 +512,12 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
     # The paper's way: "dog" has IoU 1 / 4 with what "dog of man" and 1 / 1 with what "red dog" means in b, "man" 2 / 4.
     answers = {"dog": box(8, 0, 0, 4, 4), "man": box(8, 0, 0, 8, 2)}
     things = {"red dog": ["dog"], "dog of man": ["dog", "man"]}
+    # The shipped generator chooses the second candidate of "dog of man" in b, and finds none in a.
+    generator = SimpleNamespace(config=None)
+    monkeypatch.setattr(studies, "load_method", lambda name, stack: SimpleNamespace(generator=generator))
+    monkeypatch.setattr(studies, "_h_alone", lambda clip, segmenter, config, h: h)
+    chosen = {(1, 2): np.array([1, UNKNOWN])}
+    monkeypatch.setattr(studies, "select", lambda generator, segmenter, h, numbers: chosen[tuple(numbers)])
     asked = []
 
     def predict(image, phrases):
@@ -532,6 +538,7 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
         "H_sem: CLIP's choice": (1, 50.0, 100.0),
         "H_sem: best candidate": (1, 50.0, 100.0),
         "H_ref: CLIP's choice": (2, pytest.approx(100 * (1 / 2 + 0) / 2, abs=0.01), 50.0),
+        "H_ref: Select, by the shipped generator": (1, pytest.approx(100 * 2 / 3, abs=0.01), 100.0),
         "H_ref: best candidate": (2, pytest.approx(100 * (2 / 3 + 1 / 2) / 2, abs=0.01), 100.0),
         "paper's way: the answer to the only noun phrase": (1, 100.0, 100.0),
         "paper's way: the best answer to a noun phrase": (1, 50.0, 100.0),

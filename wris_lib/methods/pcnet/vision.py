@@ -22,17 +22,17 @@ SURGERY = "surgery"
 def see(clip: Clip, images: Sequence[Image.Image]) -> tuple[Float[Tensor, "B n C"], tuple[int, int]]:
     """Patches of images, row by row, and how many rows and columns there are.
 
-    They are the end of CLIP Surgery's path in an image that is shown large: the same that PPT reads (see `ppt.vision`).
-    A grid covers the whole image, whatever its shape. CLIP stays frozen.
+    They are the end of CLIP Surgery's path in an image that is shown large, as in PPT (see `ppt.vision`), but at once:
+    PCNet's weights were trained so. A grid covers the whole image, whatever its shape. CLIP stays frozen.
     """
-    config = configure(clip)
+    config = configure(clip, tile=None)
     features = visual_features(clip, config, images)[config.stages.index(SURGERY)]
     return visual_tokens(features), (features.shape[2], features.shape[3])
 
 
 def see_all(clip: Clip, images: Rows) -> Float[Tensor, "I n C"]:
     """`see` of many images, from the cache, in 16-bit floats."""
-    store = open_features(visual_encoder(clip, configure(clip)), images)
+    store = open_features(visual_encoder(clip, configure(clip, tile=None)), images)
     found = []
     for start in trange(0, len(store), 64, desc="reading features", delay=3):
         rows = np.arange(start, min(start + 64, len(store)))

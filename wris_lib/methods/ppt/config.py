@@ -72,7 +72,7 @@ class GeneratorConfig:
 def configure(clip: Clip, **sizes: int | bool | None) -> GeneratorConfig:
     """Sizes of a generator for what this CLIP gives: two stages of its plain path, and the end of Surgery's.
 
-    It sees images at least twice as large as those that CLIP was trained with (see `vision`).
+    It sees images at least twice as large as those that CLIP was trained with, in tiles of their size (see `vision`).
 
     Args:
         clip: to be read.
@@ -84,7 +84,7 @@ def configure(clip: Clip, **sizes: int | bool | None) -> GeneratorConfig:
         channels = tuple(features.shape[1] for features in clip.patch_features(probe, stages))
         words = clip.word_features(["a"])[0].shape[-1]
     zoom = math.ceil(2 * clip.native_size / clip.dense_size)
-    return GeneratorConfig(stages, channels, words, **{"zoom": zoom} | sizes)
+    return GeneratorConfig(stages, channels, words, **{"zoom": zoom, "tile": clip.native_size} | sizes)
 
 
 # The paper counts 20.7 million trainable parameters; these are 20.5. It gives N, and d = 64 and 8 heads of the fusion.

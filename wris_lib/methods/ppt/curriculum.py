@@ -87,7 +87,7 @@ class Training:
         precision: "bf16" or "fp32", see `Recipe`.
     """
 
-    steps: int = 8000
+    steps: int = 12000
     learning_rate: float = 1e-3
     seed: int = 0
     weights: LossWeights = field(default_factory=LossWeights)

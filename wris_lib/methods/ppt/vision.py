@@ -5,10 +5,9 @@ are four patches wide. What CLIP makes of that is averaged over 2 × 2 patches, 
 than before.
 
 As a whole such an image is nothing that CLIP has ever seen: many more patches than in training attend to one another,
-32 × 32 instead of 12 × 12 in the toy's. So it may be looked at in pieces that overlap, as large as the images that CLIP
-was trained with, and put together again. A linear probe names a fifth more of a scene's objects then
-(`studies.ppt_features`). The weights that come with the library were trained before that was known; their images are
-shown as a whole.
+32 × 32 instead of 12 × 12 in the toy's. So it is looked at in pieces that overlap, as large as the images that CLIP was
+trained with, and put together again. A linear probe names a fifth more of a scene's objects then
+(`studies.ppt_features`).
 
 Sliding windows are what others do who take masks from a frozen CLIP, such as SCLIP (Wang et al., ECCV 2024). PPT's
 paper does not say how large its images are.
