@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Request
+from playwright.sync_api import TimeoutError as TookTooLong
 
 from tests.browser.server import ROOT
 
@@ -11,7 +12,7 @@ WATCH = (Path(__file__).parent / "watch.js").read_text(encoding="utf-8")
 SIZE = {"width": 1280, "height": 1000}
 TALL = 4000  # pixels of a window in which much of a notebook can be seen at once
 WIDGET = "application/vnd.jupyter.widget-view+json"
-OPENING, RUNNING, ANSWERING = 180, 1800, 180  # seconds of patience
+OPENING, CELL, ANSWERING = 180, 600, 180  # seconds of patience
 SCROLL = "(element, top) => { element.scrollTop = top; return element.scrollTop; }"
 READY = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
@@ -57,9 +58,19 @@ class NotebookPage:
         self.page.wait_for_function(condition, timeout=1000 * seconds, polling=100)
 
     def run(self) -> None:
-        """Run all cells."""
+        """Run all cells.
+
+        Raises:
+            RuntimeError: A cell has not ended in time.
+        """
         self.ask("run()")
-        self.wait("!watch.running", RUNNING)
+        while self.ask("running"):
+            done = self.ask("ended")
+            try:
+                self.wait(f"!watch.running || watch.ended > {done}", CELL)
+            except TookTooLong:
+                waiting = [cell["id"] for cell in self.cells() if cell["count"] is None]
+                raise RuntimeError(f"{self.path.name}: not ended in {CELL} s: {waiting[:1]}") from None
         self.settle()
 
     def cells(self) -> list[dict]:

@@ -13,6 +13,7 @@
     }
   });
   kernel.anyMessage.connect((_, { msg, direction }) => {
+    if (msg.header.msg_type === "execute_reply") watch.ended++;
     if (msg.header.msg_type === "error") troubles.push(`${msg.content.ename}: ${msg.content.evalue}`);
     if (direction === "send" && msg.header.msg_type === "comm_msg") {
       pending.add(msg.header.msg_id);
@@ -54,9 +55,10 @@
     return [255, 255, 255, 255];
   }
 
-  return {
+  const watch = {
     troubles,
     times,
+    ended: 0, // cells that were run
 
     run() {
       this.running = true;
@@ -121,4 +123,5 @@
     theme: (name) => jupyterapp.commands.execute("apputils:change-theme", { theme: name }),
     close: () => panel.sessionContext.shutdown(),
   };
+  return watch;
 })()
