@@ -174,7 +174,8 @@ def test_benchmark_needs_something_to_measure_and_to_measure_on(capsys):
 STUDIES = {
     "ablation": "wris_lib.studies.ppt.ablation",
     "study": "wris_lib.studies.ppt.study",
-    "pseudo_labels": "wris_lib.studies.ppt.pseudo_labels",
+    "pseudo_labels": "wris_lib.studies.ppt_labels.pseudo_labels",
+    "selections": "wris_lib.studies.ppt_labels.selections",
     "features": "wris_lib.studies.ppt_features.features",
     "cache_speed": "wris_lib.studies.ppt.cache_speed",
 }
@@ -232,6 +233,7 @@ def test_train_with_a_stack_that_is_not_there(trained: dict[str, Recorder], caps
         (["--ablation", "--steps", "9", "--seed", "0"], {"ablation": (9, (0,))}),
         (["--study", "--seed", "2"], {"study": (None, (2,))}),
         (["--pseudo-labels"], {"pseudo_labels": ()}),
+        (["--selections", "--steps", "9", "--seed", "1"], {"selections": (9, (1,))}),
         (["--features"], {"features": ()}),
         (["--cache-speed"], {"cache_speed": ()}),
     ],

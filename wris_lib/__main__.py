@@ -22,7 +22,8 @@ REAL_DATA = ("refcoco", "refcoco+", "refcocog")
 STUDIES = {  # of which methods, and the function in `wris_lib.studies`
     "ablation": {"ppt": "ppt:ablation", "pcnet": "pcnet:ablation"},
     "study": {"ppt": "ppt:study"},
-    "pseudo_labels": {"ppt": "ppt:pseudo_labels"},
+    "pseudo_labels": {"ppt": "ppt_labels:pseudo_labels"},
+    "selections": {"ppt": "ppt_labels:selections"},
     "features": {"ppt": "ppt_features:features"},
     "cache_speed": {"ppt": "ppt:cache_speed"},
 }
@@ -108,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     studies.add_argument("--ablation", action="store_true", help="instead: the paper's study of components")
     studies.add_argument("--study", action="store_true", help="instead, ppt: K, M and the loss, one change at a time")
     studies.add_argument("--pseudo-labels", action="store_true", help="instead, ppt: how good the pseudo-labels are")
+    studies.add_argument("--selections", action="store_true", help="instead, ppt: how right Select is, round by round")
     studies.add_argument("--features", action="store_true", help="instead, ppt: what CLIP's features tell of a scene")
     studies.add_argument("--cache-speed", action="store_true", help="instead, ppt: an epoch with and without the cache")
 
@@ -184,7 +186,7 @@ def train(options: argparse.Namespace) -> None:
     if chosen and method not in STUDIES[chosen]:
         raise WrisError(f"--{chosen.replace('_', '-')} is a study of {' and '.join(STUDIES[chosen])}, not of {method}.")
     if chosen:
-        over_seeds = chosen in ("ablation", "study")
+        over_seeds = chosen in ("ablation", "study", "selections")
         unused = ["data", "objects", "folder", "stack", *([] if over_seeds else ["steps", "seed"])]
         if given := [f"--{name}" for name in unused if getattr(options, name) is not None]:
             raise WrisError(f"--{chosen.replace('_', '-')} has settings of its own; leave out {', '.join(given)}.")

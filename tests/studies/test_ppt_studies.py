@@ -17,17 +17,13 @@ from tests.backbones import test_clip
 from tests.methods import test_ppt_training
 from tests.methods.test_ppt_training import CONFIG, HALF, PARTS
 from wris_lib import ablation_figure, benchmark, questions
-from wris_lib.backbones.feature_store import Rows, open_features
+from wris_lib.backbones.feature_store import open_features
 from wris_lib.backbones.features import clip_patches, clip_words, sam_embeddings, texts
-from wris_lib.data.objects import ObjectImage
 from wris_lib.files import sha256, write_json
 from wris_lib.methods.ppt import pseudo, training
-from wris_lib.methods.ppt.compose import ObjectPicture
 from wris_lib.methods.ppt.config import GeneratorConfig
 from wris_lib.methods.ppt.curriculum import CURRICULA, Round, Training
-from wris_lib.methods.ppt.labels import UNKNOWN, Collector
 from wris_lib.methods.ppt.loss import LossWeights
-from wris_lib.methods.ppt.pseudo import LabelledImages
 from wris_lib.methods.ppt.training import Batches, training_loss
 from wris_lib.studies import common
 from wris_lib.studies import ppt as studies
@@ -468,82 +464,6 @@ def test_the_studys_default_is_the_ablations_row_5(fake, baseline, tmp_path):
 def test_every_studied_generator_has_enough_queries():
     queries = [change.get("config", {}).get("queries", 16) for change in studies.STUDIED.values()]
     assert min(queries) >= pseudo.MOST_OBJECTS
-
-
-# ------------------------------------------------------------------------------------------------------ pseudo-labels
-
-
-def box(side: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-    mask = np.zeros((side, side), dtype=bool)
-    mask[top:bottom, left:right] = True
-    return mask
-
-
-def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
-    """Two pictures, one of them kept at half its size; three expressions about two images of 8 pixels a side."""
-    objects = [ObjectImage(tmp_path / f"{number}.png", "dog") for number in range(3)]
-    truth = [box(8, 0, 0, 8, 8), box(8, 0, 0, 8, 4), box(8, 0, 0, 4, 8)]
-    pictures = [  # the first of the three was left out as doubtful
-        ObjectPicture(np.zeros((8, 8, 3), np.uint8), box(8, 0, 0, 8, 8), "dog", 1),  # IoU 32 / 64
-        ObjectPicture(np.zeros((4, 4, 3), np.uint8), box(4, 1, 0, 3, 4), "dog", 2),  # 4 / 12
-    ]
-    scenes = [tmp_path / "a.png", tmp_path / "b.png"]
-    about = [(scenes[1], "red dog", box(8, 0, 0, 4, 4)), (scenes[0], "dog of man", box(8, 4, 4, 8, 8))]
-    about += [(scenes[1], "dog of man", box(8, 0, 0, 8, 4)), (scenes[0], "red dog", box(8, 0, 0, 1, 1))]
-    collector = Collector(4)  # cells of 2 × 2 pixels; images are numbered as they first appear: b, a
-    collector.add("red dog", 0, box(8, 0, 0, 4, 8)[None], 0)  # H_sem: IoU 4 / 8
-    collector.add("dog of man", 0, np.stack([box(8, 0, 0, 8, 2), box(8, 0, 0, 8, 6)]), UNKNOWN)  # 4 / 8 and 8 / 12
-    collector.add("dog of man", 1, np.stack([box(8, 0, 0, 4, 4), box(8, 4, 4, 8, 6)]), UNKNOWN)  # 0 and 2 / 4
-    labelled = LabelledImages(Rows(["b", "a"], lambda row: None), collector.finish())
-    splits = {
-        "toyobjects:train": [
-            SimpleNamespace(image_path=each.image_path, mask=mask) for each, mask in zip(objects, truth, strict=True)
-        ],
-        "toyref:train": [SimpleNamespace(image_path=p, expression=text, mask=mask) for p, text, mask in about],
-    }
-    for name in ("load_clip", "load_sam"):
-        monkeypatch.setattr(studies, name, lambda stack: None)
-    monkeypatch.setattr(studies.toyworld, "ensure", lambda: tmp_path)
-    monkeypatch.setattr(studies, "ObjectImages", lambda folder: SimpleNamespace(items=objects))
-    monkeypatch.setattr(studies.data, "load", lambda split: SimpleNamespace(items=splits[split]))
-    monkeypatch.setattr(studies.data, "load_training", lambda split: SimpleNamespace(items=splits[split]))
-    monkeypatch.setattr(studies.datasets, "object_pictures", lambda *given: pictures)
-    monkeypatch.setattr(studies.datasets, "candidates", lambda *given: labelled)
-    # The paper's way: "dog" has IoU 1 / 4 with what "dog of man" and 1 / 1 with what "red dog" means in b, "man" 2 / 4.
-    answers = {"dog": box(8, 0, 0, 4, 4), "man": box(8, 0, 0, 8, 2)}
-    things = {"red dog": ["dog"], "dog of man": ["dog", "man"]}
-    # The shipped generator chooses the second candidate of "dog of man" in b, and finds none in a.
-    generator = SimpleNamespace(config=None)
-    monkeypatch.setattr(studies, "load_method", lambda name, stack: SimpleNamespace(generator=generator))
-    monkeypatch.setattr(studies, "_h_alone", lambda clip, segmenter, config, h: h)
-    chosen = {(1, 2): np.array([1, UNKNOWN])}
-    monkeypatch.setattr(studies, "select", lambda generator, segmenter, h, numbers: chosen[tuple(numbers)])
-    asked = []
-
-    def predict(image, phrases):
-        asked.append((image, phrases))
-        return [SimpleNamespace(mask=answers[phrase]) for phrase in phrases]
-
-    monkeypatch.setattr(studies, "PAPERS_WAY", 1)  # image: the first, b
-    monkeypatch.setattr(studies, "ClipSam", lambda clip, segmenter: SimpleNamespace(predict=predict))
-    monkeypatch.setattr(studies, "load_image", lambda path: path.name)
-    monkeypatch.setattr(studies, "load_parser", lambda stack: SimpleNamespace(parse=lambda texts: texts))
-    monkeypatch.setattr(studies.pseudo, "things", things.get)
-    studies.pseudo_labels(tmp_path / "results")
-    results = json.loads((tmp_path / "results" / "ppt_pseudolabels.json").read_text())
-    check_form(results, "train ppt --pseudo-labels", [0])
-    found = {each["name"]: (each["n"], *each["metrics"].values()) for each in results["rows"]}
-    assert found == {
-        "D_sem, D_ref: objects of the pictures": (2, pytest.approx(100 * (1 / 2 + 1 / 3) / 2, abs=0.01), 50.0),
-        "H_sem: CLIP's choice": (1, 50.0, 100.0),
-        "H_sem: best candidate": (1, 50.0, 100.0),
-        "H_ref: CLIP's choice": (2, pytest.approx(100 * (1 / 2 + 0) / 2, abs=0.01), 50.0),
-        "H_ref: Select, by the shipped generator": (1, pytest.approx(100 * 2 / 3, abs=0.01), 100.0),
-        "H_ref: best candidate": (2, pytest.approx(100 * (2 / 3 + 1 / 2) / 2, abs=0.01), 100.0),
-        "paper's way: the answer to the only noun phrase": (1, 100.0, 100.0),
-        "paper's way: the best answer to a noun phrase": (1, 50.0, 100.0),
-    }
-    assert asked == [("b.png", ["dog", "man"])]
 
 
 # --------------------------------------------------------------------------------------------------- what a cache saves

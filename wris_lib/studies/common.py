@@ -68,12 +68,13 @@ def row(name: str, split: str, seeds: Sequence[list[Record]]) -> dict[str, Any]:
 
 
 def over_seeds(seeds: Sequence[list[Record]]) -> dict[str, dict[str, Any]]:
-    """Every metric as "mean", "std" (of the sample; 0 for one seed) and "seeds"."""
+    """Every metric, as `mean_and_std` has it."""
     tables = [evaluate.summarize(records) for records in seeds]
-    return {name: _over([table[name]["mean"] for table in tables]) for name in tables[0]}
+    return {name: mean_and_std([table[name]["mean"] for table in tables]) for name in tables[0]}
 
 
-def _over(values: list[float]) -> dict[str, Any]:
+def mean_and_std(values: list[float]) -> dict[str, Any]:
+    """Of a metric's values, one a seed: "mean", "std" (of the sample; 0 for one seed) and "seeds"."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": round(float(np.mean(values)), 2), "std": round(spread, 2), "seeds": values}
 
@@ -105,7 +106,7 @@ def join(
         for metric, figures in new.items():
             by_seed = dict(zip(kept["seeds"], old[metric]["seeds"], strict=True))
             by_seed |= dict(zip(seeds, figures["seeds"], strict=True))
-            found[metric] = _over([by_seed[seed] for seed in every])
+            found[metric] = mean_and_std([by_seed[seed] for seed in every])
         return found
 
     before = {(each["name"], each["data"]): each for each in kept["rows"]}

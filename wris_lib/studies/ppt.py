@@ -1,4 +1,4 @@
-"""PPT's studies: the paper's Table 3, choices of sizes, the quality of pseudo-labels, and what the cache saves."""
+"""PPT's studies: the paper's Table 3, choices of sizes, and what the cache saves."""
 
 import copy
 import hashlib
@@ -8,34 +8,27 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from wris_lib import benchmark, data, evaluate, questions
+from wris_lib import benchmark, data, questions
 from wris_lib.ablation_figure import FULL
 from wris_lib.backbones.checkpoints import checkpoint_path, get_stack
 from wris_lib.backbones.clip import Clip, load_clip
 from wris_lib.backbones.feature_store import Encoder, FeatureStore, JoinedStores, Rows, open_features
 from wris_lib.backbones.features import clip_words, sam_embeddings, texts
-from wris_lib.backbones.language import load_parser
 from wris_lib.backbones.sam import Segmenter, load_sam
 from wris_lib.contestants import predictor
-from wris_lib.data import toyworld
-from wris_lib.data.images import load_image
-from wris_lib.data.objects import ObjectImages
 from wris_lib.files import cache_dir, sha256, write_json
-from wris_lib.methods import load_method, ppt
-from wris_lib.methods.clip_sam import ClipSam
-from wris_lib.methods.ppt import Ppt, datasets, pseudo
+from wris_lib.methods import ppt
+from wris_lib.methods.ppt import Ppt, datasets
 from wris_lib.methods.ppt.config import GeneratorConfig, configure
-from wris_lib.methods.ppt.curriculum import CURRICULA, Training, mask_ious, select, train
-from wris_lib.methods.ppt.labels import UNKNOWN, shrink
+from wris_lib.methods.ppt.curriculum import CURRICULA, Training, train
+from wris_lib.methods.ppt.labels import UNKNOWN
 from wris_lib.methods.ppt.loss import LossWeights
 from wris_lib.methods.ppt.model import PointGenerator
 from wris_lib.methods.ppt.pseudo import LabelledImages
@@ -48,7 +41,6 @@ from wris_lib.studies.common import LIMIT, SEEDS, do_all, join, row, write
 from wris_lib.train import move
 
 STEPS = 4000  # of a training: a third of what the shipped weights had, for there are many
-PAPERS_WAY = 200  # images whose candidates are also made as in the paper
 BASELINE = "1 CLIP + SAM"
 OTHER_SPLITS = ("toyref+:val", "toyrefg:val")
 # Row -> curriculum, and the last stage that counts. Rows 3 and 4 are row 5 before its end.
@@ -141,13 +133,7 @@ def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Pat
         seeds: of the trainings.
         folder: where the result goes.
     """
-    config = configure(load_clip("toy"))
-    wanted: dict[tuple[str, int], dict[int, tuple[str, ...]]] = {}
-    for name, (curriculum, stage) in ROWS.items():
-        for seed in seeds:
-            splits = ("toyref:val", *OTHER_SPLITS) if name == FULL else ("toyref:val",)
-            wanted.setdefault((curriculum, seed), {})[stage] = splits
-    runs = {key: Run(key[0], config, _training(steps, key[1]), stages) for key, stages in wanted.items()}
+    runs = ablation_runs(steps, seeds)
     do_all(sorted(runs.values(), key=lambda run: run.training.seed), lambda: Runner().do)
     baseline = [
         row(BASELINE, split, [benchmark.records("clip_sam surgery", split, LIMIT, stack="toy")])
@@ -158,9 +144,20 @@ def ablation(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Pat
         for split in runs[curriculum, seeds[0]].stages[stage]:
             every = [json.loads(runs[curriculum, seed].records(stage, split).read_text()) for seed in seeds]
             rows.append(row(name, split, every))
-    path, recipe, steps = folder / "ppt_ablation.json", _recipe(runs.values()), _training(steps, 0).steps
+    path, recipe, steps = folder / "ppt_ablation.json", recipe_of(runs.values()), _training(steps, 0).steps
     seeds, rows = join(path, recipe, seeds, rows)
     write(path, "train ppt --ablation", seeds, baseline + rows, steps=steps, recipe=recipe)
+
+
+def ablation_runs(steps: int | None, seeds: Sequence[int]) -> dict[tuple[str, int], Run]:
+    """The ablation's trainings: (curriculum, seed) -> run. Several rows may be stages of one."""
+    config = configure(load_clip("toy"))
+    wanted: dict[tuple[str, int], dict[int, tuple[str, ...]]] = {}
+    for name, (curriculum, stage) in ROWS.items():
+        for seed in seeds:
+            splits = ("toyref:val", *OTHER_SPLITS) if name == FULL else ("toyref:val",)
+            wanted.setdefault((curriculum, seed), {})[stage] = splits
+    return {key: Run(key[0], config, _training(steps, key[1]), stages) for key, stages in wanted.items()}
 
 
 def study(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
@@ -182,73 +179,18 @@ def study(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path =
         row(name, "toyref:val", [json.loads(runs[name, s].records(3, "toyref:val").read_text()) for s in seeds])
         for name in STUDIED
     ]
-    path, recipe, steps = folder / "ppt_study.json", _recipe(runs.values()), _training(steps, 0).steps
+    path, recipe, steps = folder / "ppt_study.json", recipe_of(runs.values()), _training(steps, 0).steps
     seeds, rows = join(path, recipe, seeds, rows)
     write(path, "train ppt --study", seeds, rows, steps=steps, recipe=recipe)
 
 
-def _recipe(runs: Iterable[Run]) -> list[str]:
+def recipe_of(runs: Iterable[Run]) -> list[str]:
     """What a study's figures depend on besides the seed: the names that its runs would have with seed 0."""
     return sorted({replace(run, training=replace(run.training, seed=0)).folder.name for run in runs})
 
 
 def _training(steps: int | None, seed: int) -> Training:
     return Training(steps=steps or STEPS, seed=seed)
-
-
-def pseudo_labels(folder: Path = RESULTS) -> None:
-    """How good the toy stack's pseudo-labels are. Writes `ppt_pseudolabels.json`.
-
-    A diagnosis: true masks are looked at here, and never in training.
-    """
-    clip, segmenter = load_clip("toy"), load_sam("toy")
-    objects = ObjectImages(toyworld.ensure() / "images" / "toyobjects" / "train").items
-    truth = {item.image_path: item for item in data.load("toyobjects:train").items}
-    ious = []
-    for picture in datasets.object_pictures("toy", clip, segmenter, objects):
-        mask = Image.fromarray(truth[objects[picture.number].image_path].mask)
-        sized = mask.resize(picture.mask.shape[::-1], Image.Resampling.NEAREST)
-        ious.append(evaluate.iou(picture.mask, np.array(sized)))
-    rows = [_quality("D_sem, D_ref: objects of the pictures", ious)]
-
-    scenes = datasets.candidates("toy", clip, segmenter, data.load_training(TOY_DATA).items)
-    h, items = scenes.labels, data.load(TOY_DATA).items
-    truth_of = {(item.image_path, item.expression): shrink(item.mask, h.side) for item in items}
-    paths = list(dict.fromkeys(item.image_path for item in items))
-    shipped = load_method("ppt", stack="toy").generator
-    of_ref = np.flatnonzero(h.referent == UNKNOWN)
-    selected = select(shipped, segmenter, _h_alone(clip, segmenter, shipped.config, scenes), of_ref)
-    choice = dict(zip(of_ref.tolist(), selected.tolist(), strict=True))
-    found: dict[str, list[float]] = {}
-    for e, expression in enumerate(h.expressions):
-        every = mask_ious(truth_of[paths[h.image[e]], expression], h.candidates(e))
-        if choice.get(e, UNKNOWN) != UNKNOWN:
-            found.setdefault("H_ref: Select, by the shipped generator", []).append(every[choice[e]])
-        name = "H_ref" if h.referent[e] == UNKNOWN else "H_sem"
-        found.setdefault(f"{name}: CLIP's choice", []).append(every[0])
-        found.setdefault(f"{name}: best candidate", []).append(every.max())
-    # The paper's way, for comparison: of each noun phrase CLIP + SAM's one answer.
-    method, parser = ClipSam(clip, segmenter), load_parser("toy")
-    for path in paths[:: max(1, len(paths) // PAPERS_WAY)]:
-        expressions = [item.expression for item in items if item.image_path == path]
-        named = [pseudo.things(parse) for parse in parser.parse(expressions)]
-        phrases = list(dict.fromkeys(phrase for some in named for phrase in some))
-        answers = method.predict(load_image(path), phrases)
-        masks = {phrase: shrink(answer.mask, h.side) for phrase, answer in zip(phrases, answers, strict=True)}
-        for expression, some in zip(expressions, named, strict=True):
-            best = mask_ious(truth_of[path, expression], np.stack([masks[phrase] for phrase in some])).max()
-            name = "the answer to the only noun phrase" if len(some) == 1 else "the best answer to a noun phrase"
-            found.setdefault(f"paper's way: {name}", []).append(best)
-    rows += [_quality(name, ious) for name, ious in sorted(found.items())]
-    write(folder / "ppt_pseudolabels.json", "train ppt --pseudo-labels", [0], rows)
-
-
-def _quality(name: str, ious: Sequence[float]) -> dict[str, Any]:
-    """A row: mean IoU, and how many of the masks reach 0.5, in percent."""
-    ious = np.asarray(ious)
-    figures = {"mIoU": ious.mean(), "IoU at least 0.5": (ious >= 0.5).mean()}
-    metrics = {metric: round(100 * float(figure), 2) for metric, figure in figures.items()}
-    return {"name": name, "n": len(ious), "metrics": metrics}
 
 
 class _Live(FeatureStore):
@@ -271,7 +213,7 @@ class _Live(FeatureStore):
         return {name: values.cpu() for name, values in found.items()}
 
 
-def _h_alone(
+def h_alone(
     clip: Clip,
     segmenter: Segmenter,
     config: GeneratorConfig,
@@ -307,7 +249,7 @@ def cache_speed(steps: int = 10, folder: Path = RESULTS) -> None:
     count = len(h.labels)
     seconds, generator = {}, None
     for kind in ("cached", "computed anew", "computed anew for each expression"):
-        encoded = _h_alone(clip, segmenter, config, h, open_features if kind == "cached" else _Live)
+        encoded = h_alone(clip, segmenter, config, h, open_features if kind == "cached" else _Live)
         encoded = encoded.with_referents(np.zeros(count, dtype=int))  # any: an epoch is to be as long as all of H
         generator = generator or start(config, 0, encoded)
         one_an_image = np.unique(h.labels.image, return_index=True)[1]
