@@ -76,8 +76,9 @@ def pseudo_labels(folder: Path = RESULTS) -> None:
 
 
 def selections(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: Path = RESULTS) -> None:
-    """How right the labels of H_ref were in each round of the ablation's trainings. Writes `ppt_select.json`; other
-    seeds that are in it already stay, see `join`.
+    """How right the labels of H_ref were in each round of the ablation's trainings, of the expressions that got one.
+
+    Writes `ppt_select.json`; other seeds that are in it already stay, see `join`.
 
     Args:
         steps: of a training, as for `ablation`; trainings that are not there yet are done first.
@@ -94,9 +95,9 @@ def selections(steps: int | None = None, seeds: Sequence[int] = SEEDS, folder: P
     rows = [_of_seeds(name, len(of_ref), [_share_right(found)] * len(seeds)) for name, found in fixed.items()]
     names = {curriculum: name for name, (curriculum, stage) in ROWS.items() if stage == 3}
     for curriculum, name in names.items():
-        for number in range(2, 1 + len(CURRICULA[curriculum])):  # in the first round it is CLIP's choice
-            files = [runs[curriculum, seed].folder / f"round {number}" / "referents.npy" for seed in seeds]
-            if files[0].exists():
+        for number, this in enumerate(CURRICULA[curriculum], 1):
+            if number > 1 and "H_ref" in this.datasets:  # in the first round it is CLIP's choice
+                files = [runs[curriculum, seed].folder / f"round {number}" / "referents.npy" for seed in seeds]
                 right = [_share_right(_chosen(ious, of_ref, np.load(file))) for file in files]
                 rows.append(_of_seeds(f"{name}, round {number}", len(of_ref), right))
     path, recipe = folder / "ppt_select.json", recipe_of(runs.values())
@@ -128,6 +129,7 @@ def _chosen(
 
 
 def _share_right(ious: Sequence[float]) -> float:
+    """How many reach 0.5, in percent."""
     return round(100 * float(np.mean(np.asarray(ious) >= 0.5)), 2)
 
 
@@ -137,7 +139,5 @@ def _of_seeds(name: str, n: int, values: list[float]) -> dict[str, Any]:
 
 def _quality(name: str, ious: Sequence[float]) -> dict[str, Any]:
     """A row: mean IoU, and how many of the masks reach 0.5, in percent."""
-    ious = np.asarray(ious)
-    figures = {"mIoU": ious.mean(), RIGHT: (ious >= 0.5).mean()}
-    metrics = {metric: round(100 * float(figure), 2) for metric, figure in figures.items()}
+    metrics = {"mIoU": round(100 * float(np.mean(ious)), 2), RIGHT: _share_right(ious)}
     return {"name": name, "n": len(ious), "metrics": metrics}
