@@ -309,7 +309,7 @@ def test_masks_teach_points_through_sam():
         torch.ones(1, 1, dtype=torch.bool),
         wanted.logits[:, :1].sigmoid().round(),
     )
-    only_masks = LossWeights(points=0.0, labels=0.0, score=0.0)
+    only_masks = LossWeights(dice=1.0, mask=1.0, points=0.0, labels=0.0, score=0.0)
 
     def loss(points: Tensor) -> Tensor:
         prompts = PointPrompts(points, logits, torch.zeros(1, 1))

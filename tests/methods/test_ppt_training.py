@@ -414,18 +414,18 @@ def test_without_mask_terms_sam_is_not_asked(batch, monkeypatch):
     monkeypatch.setattr(training, "prompt_sam", None)
     torch.manual_seed(0)
     unused = Segmenter(build_toy_sam(64))
-    training_loss(unused, LossWeights(dice=0.0, mask=0.0), False)(tiny_generator(), batch, 0)["loss"].backward()
+    training_loss(unused, LossWeights(), False)(tiny_generator(), batch, 0)["loss"].backward()
 
 
 @pytest.mark.parametrize("blend", [False, True])
 def test_gradients_reach_the_generator_and_not_sam(batch, segmenter, blend):
     generator = spread(tiny_generator())
-    training_loss(segmenter, LossWeights(), blend)(generator, batch, 0)["loss"].backward()
+    training_loss(segmenter, WEIGHTS, blend)(generator, batch, 0)["loss"].backward()
     assert [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert all(p.grad is None and not p.requires_grad for p in segmenter.sam.parameters())
     # Of the mask alone: points learn from it, labels only where they are blended.
     generator.zero_grad()
-    only_masks = LossWeights(points=0.0, labels=0.0, score=0.0)
+    only_masks = LossWeights(dice=1.0, mask=1.0, points=0.0, labels=0.0, score=0.0)
     training_loss(segmenter, only_masks, blend)(generator, batch, 0)["loss"].backward()
     x, y, r = generator.point_head[-1].weight.grad.unflatten(0, (-1, 3)).unbind(1)
     assert x.any() and y.any() and bool(r.any()) == blend
@@ -453,7 +453,7 @@ def test_a_generator_learns_from_the_batches(data, segmenter, monkeypatch):
     monkeypatch.setattr(training, "MASKS_PER_STEP", 1)
     chosen = data.of(["H_sem", "D_sem"])
     batches, generator = Batches(data, chosen, CONFIG.points, seed=0), tiny_generator()
-    loss = training_loss(segmenter, LossWeights(), blend=False)
+    loss = training_loss(segmenter, LossWeights(dice=1.0, mask=1.0), blend=False)
     optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
     losses = []
     for number in range(40):

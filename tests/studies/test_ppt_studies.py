@@ -442,11 +442,10 @@ def test_the_study(fake, tmp_path):
         elif found := re.match(r"M = (\d+)", name):
             assert config.points == int(found[1])
             config = replace(config, points=usual.config.points)
-        elif name.startswith("soft"):
-            assert training.blend
+        elif name.startswith("mask loss weighs 1"):
+            assert weights == LossWeights(dice=1.0, mask=1.0) != LossWeights()
+            assert training.blend == ("soft" in name)  # which only masks could tell
             training = replace(training, blend=False)
-        elif name == "no mask loss":
-            assert weights == LossWeights(dice=0.0, mask=0.0)
         elif found := re.match(r"(points|score) weighs? (\d)", name):
             assert weights == LossWeights(**{found[1]: float(found[2])}) != LossWeights()
         else:
